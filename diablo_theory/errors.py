@@ -1,0 +1,45 @@
+"""The kinds of error that a user can meet, so that the command line can print them without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DiabloTheoryError(Exception):
+    """An expected failure: its message says what went wrong and what to do, and nothing on disk was harmed."""
+
+
+class ConfigError(DiabloTheoryError, ValueError):
+    """A configuration file, key or value that cannot be used."""
+
+
+class ModelUnavailableError(DiabloTheoryError, OSError):
+    """A pretrained model that is neither in the cache nor to be had from where the user pointed."""
+
+
+class ChecksumError(ModelUnavailableError):
+    """A download whose bytes are not the published ones."""
+
+
+class NonFiniteError(DiabloTheoryError, ArithmeticError):
+    """A NaN or an infinity in a loss, a gradient or a theory problem."""
+
+
+class ResultsError(DiabloTheoryError, ValueError):
+    """A results folder that this version cannot continue or read."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name a misspelt one is closest to.
+
+    Args:
+        name: What the user wrote.
+        known: The names that would have been accepted.
+
+    Returns:
+        ``" Did you mean 'x'?"`` (with its leading space), or the list of known names when none is close.
+    """
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(options)}."

@@ -1,0 +1,94 @@
+"""Files that appear whole or not at all: written aside, flushed to the disk, then renamed into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def fsync(path: Path) -> None:
+    """Flush one file or directory to the disk, so that a power cut cannot undo a rename that follows."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it into place when the block ends without an error.
+
+    Args:
+        path: The final file. Its parent folders are made if need be.
+
+    Yields:
+        A path with the same suffix, to be written by the caller. If the caller fails (a full disk, Ctrl-C), it is
+        removed and whatever stood at ``path`` before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        aside.chmod(0o666 & ~_umask())  # mkstemp makes files private; ours are ordinary ones
+        fsync(aside)
+        aside.replace(path)
+        fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; move it into place when the block ends without an error.
+
+    Args:
+        path: The final folder. It is replaced if it exists (an unfinished or outdated one).
+
+    Yields:
+        The folder to fill. If the caller fails, it is removed with its content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield aside
+        aside.chmod(0o777 & ~_umask())
+        for file in aside.rglob("*"):
+            fsync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        aside.replace(path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with atomic_path(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (indented, keys in the given order, NaN refused), whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` (such as ``frame.to_csv``) produce a file, whole or not at all."""
+    with atomic_path(path) as aside:
+        write(aside)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
