@@ -1,3 +1,3 @@
-"""DiaBlo, block-diagonal fine-tuning: its theory as executable checks, and the adapter that trains real models."""
+"""DiaBlo, block-diagonal fine-tuning: the theory as executable checks, the adapter for real models."""
 
 __version__ = "0.1.0"

@@ -129,10 +129,9 @@ class BlockLayout:
         """
         self.check(blocks, tail)
         dense = blocks.new_zeros(self.in_features, self.out_features)
-        dense_blocks, dense_tail = self.views(dense)
-        dense_blocks.copy_(blocks)
-        if tail is not None and dense_tail is not None:
-            dense_tail.copy_(tail)
+        self.views(dense)[0].copy_(blocks)
+        if tail is not None:
+            dense[self.rows(self.complete), self.cols(self.complete)] = tail
         return dense
 
     def check(self, blocks: Tensor, tail: Tensor | None) -> None:

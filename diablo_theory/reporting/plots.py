@@ -1,0 +1,298 @@
+"""The figures, each a function from saved data to a :class:`matplotlib.figure.Figure`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from diablo_theory.reporting.maps import theory_map
+from diablo_theory.reporting.results import ResultsData, by_method
+from diablo_theory.reporting.style import GREY, RC, WIDTH, Look, looks, save
+from diablo_theory.reporting.tables import Tables, task_name
+
+REPRODUCE = "nothing saved for it yet; `diablo-theory reproduce` produces it"
+TUNE = "no learning-rate search saved; `diablo-theory tune` produces it"
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in this project's style, leaving matplotlib's global settings alone."""
+
+    @wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def scale_note(data: ResultsData) -> str:
+    """One line that says on the figure what its numbers stand for."""
+    model = data.manifest.get("model", {}).get("name", "unknown model")
+    scale = "Small-scale run" if data.manifest.get("scale") == "small" else "Full-scale run"
+    warning = "; not comparable to the paper's 7B numbers" if data.manifest.get("scale") == "small" else ""
+    return f"{scale}: {model}, profile {data.manifest.get('profile', 'unknown')}{warning}"
+
+
+def save_figures(data: ResultsData, tables: Tables, folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Draw and write every figure that the data allow.
+
+    Args:
+        data: What :func:`diablo_theory.reporting.results.collect` read.
+        tables: What :func:`diablo_theory.reporting.tables.build` made of it.
+        folder: Where the PDF and PNG files go.
+
+    Returns:
+        The files written, and the reason for each figure that was skipped. A skipped figure's old files are removed.
+    """
+    note = scale_note(data)
+    trained = data.runs[data.runs["run_id"].isin(list(data.logs)) & (data.runs["method"] != "none")]
+    plans: dict[str, tuple[bool, Callable[[], Figure], str]] = {
+        "theory_map": (not data.gap_map.empty, lambda: styled(theory_map)(data.gap_map), REPRODUCE),
+        "training": (not trained.empty, lambda: training(trained, data.logs, note), REPRODUCE),
+        "results": (not tables.results.empty, lambda: results(tables.results, note), REPRODUCE),
+        "cost": (not tables.costs.empty, lambda: cost(tables.costs, note), REPRODUCE),
+        "learning_rates": (
+            not tables.learning_rates.empty,
+            lambda: learning_rates(tables.learning_rates, note),
+            TUNE,
+        ),
+    }
+    written, skipped = [], {}
+    for stem, (available, draw, why) in plans.items():
+        if available:
+            written += save(draw(), folder, stem)
+        else:
+            skipped[stem] = why
+            for suffix in (".pdf", ".png"):
+                (folder / f"{stem}{suffix}").unlink(missing_ok=True)
+    return written, skipped
+
+
+@styled
+def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Figure:
+    """Training loss and gradient norms over steps, a row of panels per task; seeds are averaged.
+
+    Args:
+        runs: Runs that trained.
+        logs: Their logs by run id.
+        note: The line about the scale.
+    """
+    tasks = sorted(runs["task"].unique())
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(tasks)))
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    look = looks(by_method(runs))
+    for (left, right), task in zip(panels, tasks, strict=True):
+        for label, _ in by_method(runs[runs["task"] == task]):
+            same = runs[(runs["task"] == task) & (runs["label"] == label)]
+            seeds = pd.concat([logs[run] for run in same["run_id"]])
+            mean = seeds.groupby("step").mean(numeric_only=True)
+            window = max(1, len(mean) // 20)
+            left.plot(mean.index, mean["loss"], color=look[label].color, linewidth=0.5, alpha=0.35)
+            smooth = mean["loss"].rolling(window, center=True, min_periods=1).mean()
+            _line(left, smooth, look[label], label)
+            _gradients(right, mean, look[label], label, window)
+        left.set(title=f"{task_name(task)}: training loss", ylabel="nats per answer token", yscale="log")
+        right.set(title="Gradient norm by parameter group", ylabel="Frobenius norm", yscale="log")
+        for axes in (left, right):
+            axes.set_xlabel("training step")
+            _plain(axes.yaxis, (1.0,))
+        if right.get_legend_handles_labels()[1]:
+            right.legend(handlelength=3.2)
+    _legend(figure, panels)
+    figure.supxlabel(note, fontsize=8, color=GREY)
+    return figure
+
+
+def _plain(axis: Axis, subs: tuple[float, ...]) -> None:
+    """Ticks of a logarithmic axis at the given multiples of powers of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _line(axes: Axes, values: pd.Series, look: Look, label: str) -> None:
+    every = max(1, len(values) // 7)
+    axes.plot(
+        *(values.index, values.to_numpy()),
+        color=look.color,
+        linestyle=look.line,
+        marker=look.marker,
+        label=label,
+        markevery=every,
+    )
+
+
+def _gradients(axes: Axes, mean: pd.DataFrame, look: Look, label: str, window: int) -> None:
+    groups = sorted(name for name in mean.columns.astype(str) if name.startswith("grad_norm/")) or ["grad_norm"]
+    for position, column in enumerate(groups):
+        values = mean[column].where(mean[column] > 0)  # a logarithmic axis has no zero
+        smooth = np.exp(np.log(values).rolling(window, center=True, min_periods=1).mean())
+        name = f"{label}: {column.partition('/')[2]}" if len(groups) > 1 else "_"  # "_" keeps it out of the legend
+        shown = Look(look.color, look.marker if position == 0 else "1", look.line if position == 0 else ":", "")
+        _line(axes, smooth.where(values.notna()), shown, name)
+
+
+def _legend(figure: Figure, panels: npt.NDArray[Any]) -> None:
+    """One legend of the methods above all panels."""
+    entries: dict[str, Any] = {}
+    for axes in panels[:, 0]:
+        handles, names = axes.get_legend_handles_labels()
+        entries |= dict(zip(names, handles, strict=True))
+    figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=4, handlelength=3.2)
+
+
+@styled
+def results(table: pd.DataFrame, note: str) -> Figure:
+    """Exact match and held-out loss with 95% intervals, a row of panels per task.
+
+    Args:
+        table: ``Tables.results``.
+        note: The line about the scale.
+    """
+    tasks = list(table["task"].unique())
+    lines = max(table["task"].value_counts())
+    figure = Figure(figsize=(WIDTH, 0.4 + (0.9 + 0.3 * lines) * len(tasks)))
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    look = looks(by_method(table))
+    for (left, right), task in zip(panels, tasks, strict=True):
+        same = table[table["task"] == task].reset_index(drop=True)
+        title = f"{task_name(task)}, {same['n'].iloc[0]} unseen problems"
+        seeds = same["seeds"].max()
+        title += f", {seeds} seeds" if seeds > 1 else ""
+        _dots(left, same, "exact_match", look, "{:.1f}")
+        left.set(title=title, xlabel="exact match, % (more is better)", xlim=(-3, 118))
+        left.set_xticks(range(0, 101, 25))
+        _dots(right, same, "loss_per_token", look, "{:.3f}")
+        right.set(xlabel="held-out loss, nats/token (less is better)")
+        right.set_yticklabels([])
+        _log_if_wide(right, same)
+    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    return figure
+
+
+def _dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec: str) -> None:
+    for place, row in enumerate(table.to_dict("records")):
+        style = look[row["label"]]
+        ends = [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
+        axes.errorbar(row[name], place, xerr=np.maximum(ends, 0), fmt=style.marker, color=style.color, capsize=3)
+        text = spec.format(row[name])
+        axes.annotate(text, (row[f"{name}_high"], place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(table)), table["label"])
+    axes.set_ylim(len(table) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+
+
+def _log_if_wide(axes: Axes, table: pd.DataFrame) -> None:
+    low, high = table["loss_per_token_low"].min(), table["loss_per_token_high"].max()
+    if low > 0 and high / low > 10:
+        axes.set_xscale("log")
+        _plain(axes.xaxis, (1.0,))
+        axes.set_xlim(low / 1.4, high * (high / low) ** 0.25)
+    else:
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.25 * (high - low))
+
+
+@styled
+def cost(table: pd.DataFrame, note: str) -> Figure:
+    """Trainable parameters, time of a step relative to full fine-tuning, and memory, for each method.
+
+    Args:
+        table: ``Tables.costs``.
+        note: The line about the scale.
+    """
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.36 * len(table)))
+    left, middle, right = figure.subplots(1, 3)
+    look = looks(list(zip(table["label"], table["method"], strict=True)))
+    _counts(left, table, look)
+    _bars(middle, table, "step_ratio", look, lambda v: f"{v:.2f}")
+    ends = np.abs(table[["step_ratio_low", "step_ratio_high"]].sub(table["step_ratio"], axis=0).to_numpy().T)
+    middle.errorbar(table["step_ratio"], range(len(table)), xerr=ends, fmt="none", color="black", capsize=3)
+    middle.axvline(1, color=GREY, linewidth=0.9, linestyle="--")
+    middle.set(title="Time of a step", xlabel="ratio to full, 95% interval")
+    _bars(right, table, "peak_mib", look, lambda v: f"{v:,.0f}")
+    right.plot(table["static_mib"], range(len(table)), "|", color="black", markersize=11, markeredgewidth=2)
+    right.set(title="Memory, MiB", xlabel="bar: peak, tick: at rest")
+    for axes, name in ((middle, "step_ratio_high"), (right, "peak_mib")):
+        axes.set_yticklabels([])
+        if table[name].notna().any():
+            axes.set_xlim(0, 1.4 * table[name].max())
+        else:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
+    figure.supxlabel(note, fontsize=8, color=GREY)
+    return figure
+
+
+def _counts(axes: Axes, table: pd.DataFrame, look: dict[str, Look]) -> None:
+    for place, (label, count) in enumerate(zip(table["label"], table["trainable_params"], strict=True)):
+        axes.plot(count, place, look[label].marker, color=look[label].color, markersize=8)
+        text = "—" if pd.isna(count) else f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,.0f}"
+        axes.annotate(text, (count, place), (8, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set(title="Trainable parameters", xlabel="number, log scale", xscale="log")
+    if table["trainable_params"].notna().any():
+        axes.set_xlim(table["trainable_params"].min() / 4, table["trainable_params"].max() * 60)
+    axes.set_yticks(range(len(table)), table["label"])
+    axes.set_ylim(len(table) - 0.4, -0.6)
+    axes.minorticks_off()
+    axes.grid(visible=False, axis="y")
+
+
+def _bars(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], write: Callable[[float], str]) -> None:
+    for place, (label, value) in enumerate(zip(table["label"], table[name], strict=True)):
+        if pd.isna(value):
+            continue
+        style = look[label]
+        axes.barh(place, value, height=0.62, color=style.color, edgecolor="white", hatch=style.hatch)
+        end = table[f"{name}_high"].iloc[place] if f"{name}_high" in table else value
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
+        axes.annotate(write(value), (end, place), (5, 0), **placed)
+    axes.set_yticks(range(len(table)))
+    axes.set_ylim(len(table) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+
+
+@styled
+def learning_rates(table: pd.DataFrame, note: str) -> Figure:
+    """Validation loss and exact match over the learning rate; the chosen one is ringed.
+
+    Args:
+        table: ``Tables.learning_rates``.
+        note: The line about the scale.
+    """
+    tasks = sorted(table["task"].unique())
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.5 * len(tasks)))
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    look = looks(by_method(table))
+    for (left, right), task in zip(panels, tasks, strict=True):
+        for label, _ in by_method(table[table["task"] == task]):
+            same = table[(table["task"] == task) & (table["label"] == label)].sort_values("learning_rate")
+            rate = same.set_index("learning_rate")
+            picked = rate[rate["chosen"].astype(bool)]
+            ends = np.maximum([rate["valid_loss"] - rate["loss_low"], rate["loss_high"] - rate["valid_loss"]], 0)
+            left.errorbar(rate.index, rate["valid_loss"], yerr=ends, fmt="none", color=look[label].color, capsize=2)
+            _line(left, rate["valid_loss"], look[label], label)
+            _line(right, 100 * rate["exact"], look[label], label)
+            ring = {"s": 110, "facecolors": "none", "edgecolors": "black", "linewidths": 1.2, "zorder": 5}
+            left.scatter(picked.index, picked["valid_loss"], **ring)
+            right.scatter(picked.index, 100 * picked["exact"], **ring)
+        left.set(title=f"{task_name(task)}: validation loss", ylabel="nats per answer token", yscale="log")
+        right.set(title="Validation exact match", ylabel="%")
+        for axes in (left, right):
+            axes.set(xscale="log", xlabel="learning rate (ring: chosen)")
+            _plain(axes.xaxis, (1.0, 2.0, 5.0))
+        _plain(left.yaxis, (1.0, 2.0, 5.0))
+    _legend(figure, panels)
+    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    return figure

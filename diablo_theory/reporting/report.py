@@ -1,0 +1,231 @@
+"""The report: rows, tables, figures, Markdown and one self-contained HTML page, from a results folder alone."""
+
+from __future__ import annotations
+
+import base64
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from diablo_theory.files import write_text, write_with
+from diablo_theory.reporting.findings import Finding, findings
+from diablo_theory.reporting.plots import save_figures, scale_note
+from diablo_theory.reporting.results import ResultsData, by_method, collect, tidy_rows
+from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_tables
+
+EXAMPLES = 3
+PROFILE_OPTIONS = {"quick": ["--quick"], "full": ["--full"]}
+LONGEST = 700  # characters of a prompt or completion that the report shows
+CAPTIONS = {
+    "theory_map": "Theory map. The linear problem at equal numbers of parameters: the share of what full fine-tuning "
+    "captures that each method's best member misses (numbers: per cent), and which method is ahead.",
+    "results": "Scores on unseen problems. Whiskers are 95% intervals; the loss is over answer tokens only.",
+    "training": "Training. Bold: running mean; thin: every step. Gradient norms of different parameters are not on "
+    "one scale: compare their course, not their height. LoRA's A has no gradient at first, since B starts at zero.",
+    "cost": "Cost. Steps are timed in paired rounds in one process; the ratio is the median over rounds. "
+    "Memory at rest is parameters and optimizer state; a step adds gradients and activations.",
+    "learning_rates": "Learning-rate search, on validation problems that no score above uses.",
+}
+TABLE_NOTES = {
+    "verdicts": "A claim must hold in every trial. A control breaks the premise on purpose, and its claim must fail: "
+    "it passes when it does. Margins are positive where a statement holds; a claim's is in decades, log10 of the "
+    "tolerance over what was measured. The worst margin is the one closest to the wrong side.",
+    "results": "In brackets: 95% intervals (Wilson for one seed and independent problems, otherwise the bootstrap).",
+    "differences": "Paired over the same problems and seeds, bootstrapped. An interval that contains zero reads "
+    "“no difference seen”.",
+}
+
+
+def write_report(results: Path) -> Path:
+    """Write rows, tables, figures and the report into a results folder.
+
+    Args:
+        results: The folder that ``diablo-theory reproduce`` wrote.
+
+    Returns:
+        The HTML report, one file that needs nothing else.
+
+    Raises:
+        ResultsError: If the folder cannot be read.
+    """
+    data = collect(results)
+    tables = build(data)
+    rows = tidy_rows(data)
+    write_with(data.path / "rows.csv", lambda path: rows.to_csv(path, index=False))
+    write_tables(tables, data.path / "tables")
+    written, skipped = save_figures(data, tables, data.path / "figures")
+    context = _context(data, tables, skipped)
+    images = {path.stem: path for path in written if path.suffix == ".png"}
+    environment = Environment(
+        loader=PackageLoader("diablo_theory.reporting", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        autoescape=True,
+    )
+    encoded = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in images.items()}
+    write_text(
+        data.path / "report.html", environment.get_template("report.html.jinja").render(context, images=encoded)
+    )
+    write_text(data.path / "report.md", _markdown(context, list(images)))
+    return data.path / "report.html"
+
+
+def summary(data: ResultsData) -> RenderableType:
+    """The verdict and result tables and the findings, for the terminal.
+
+    Args:
+        data: What :func:`diablo_theory.reporting.results.collect` read.
+
+    Returns:
+        Something that ``rich.print`` shows; its own text is plain ASCII.
+    """
+    tables = build(data)
+    words = readable(tables)
+    parts: list[RenderableType] = []
+    if "verdicts" in words:
+        parts.append(_terminal_table(words["verdicts"][["Check", "Role", "Passed"]], "Theory"))
+    if "results" in words:
+        shown = ["Task", "Method", "Exact match, %", "Held-out loss, nats/token", "Trainable parameters"]
+        parts.append(_terminal_table(words["results"][shown], scale_note(data)))
+    for finding in findings(data, tables):
+        parts.append(Text(_ascii(f"* {finding.topic}: {finding.text}"), style="bold red" if finding.alarm else ""))
+    return Group(*parts)
+
+
+def examples(data: ResultsData) -> pd.DataFrame:
+    """A few right and a few wrong answers of each method's first seed, in the order of the test problems."""
+    chosen = []
+    for task, runs in data.runs.groupby("task"):
+        for label, _ in by_method(runs):
+            first = runs.loc[runs["label"] == label, "run_id"].iloc[0]
+            items = data.items[data.items["run_id"] == first].sort_values("item")
+            for right in (1, 0):
+                some = items[items["exact"] == right].head(EXAMPLES)
+                chosen.append(some.assign(task_name=task_name(str(task)), right=bool(right)))
+    if not chosen:
+        return pd.DataFrame()
+    frame: pd.DataFrame = pd.concat(chosen)[["task_name", "label", "right", "item", "prompt", "answer", "completion"]]
+    for name in ("prompt", "answer", "completion"):
+        frame[name] = frame[name].map(_shorten)
+    return frame
+
+
+def provenance(data: ResultsData) -> dict[str, str]:
+    """What was run where: versions, hardware, commit, seeds and time, in words."""
+    manifest = data.manifest
+    named = {
+        "Package": ("package_version",),
+        "Commit": ("commit",),
+        "Python": ("python",),
+        "torch": ("torch",),
+        "transformers": ("transformers",),
+        "peft": ("peft",),
+        "Platform": ("platform",),
+        "Processor": ("cpu", "threads"),
+        "Device": ("device",),
+        "Started": ("started",),
+        "Finished": ("finished",),
+    }
+    lines = {}
+    for name, keys in named.items():
+        values = [str(manifest[key]) for key in keys if manifest.get(key) is not None]
+        lines[name] = ", ".join(values) or "not recorded"
+    if manifest.get("threads") is not None:
+        lines["Processor"] += " thread(s)"
+    if manifest.get("dirty"):
+        lines["Commit"] += ", with uncommitted changes"
+    model = manifest.get("model", {})
+    lines["Model"] = (
+        ", ".join(str(model[key]) for key in ("name", "source", "sha256") if model.get(key)) or "not recorded"
+    )
+    for name, key, unit in (("Memory", "memory_gib", "GiB"), ("Peak memory of the process", "peak_rss_gib", "GiB")):
+        lines[name] = f"{manifest[key]:.1f} {unit}" if manifest.get(key) is not None else "not recorded"
+    stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in manifest.get("stages", {}).items())
+    total = _duration(manifest["seconds"]) if manifest.get("seconds") is not None else "not recorded"
+    lines["Active time"] = f"{total} ({stages})" if stages else total
+    lines["Training seeds"] = ", ".join(str(seed) for seed in sorted(data.runs["seed"].unique())) or "none"
+    return lines
+
+
+def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict[str, Any]:
+    frame = examples(data)
+    groups = list(frame.groupby(["task_name", "label"], sort=False)) if not frame.empty else []
+    return {
+        "title": "DiaBlo: theory checks and fine-tuning results",
+        "note": scale_note(data),
+        "findings": _by_topic(findings(data, tables)),
+        "tables": readable(tables),
+        "table_notes": TABLE_NOTES,
+        "captions": CAPTIONS,
+        "skipped": {stem.replace("_", " "): why for stem, why in skipped.items()},
+        "examples": [(task, label, rows.to_dict("records")) for (task, label), rows in groups],
+        "provenance": provenance(data),
+        "rerun": " ".join(["diablo-theory reproduce", *PROFILE_OPTIONS.get(data.manifest.get("profile", ""), [])]),
+    }
+
+
+def _by_topic(found: list[Finding]) -> list[tuple[str, list[Finding]]]:
+    return [(topic, list(same)) for topic, same in groupby(found, key=lambda finding: finding.topic)]
+
+
+def _markdown(context: dict[str, Any], figures: list[str]) -> str:
+    parts = [f"# {context['title']}", f"*{context['note']}*", "## Summary"]
+    parts.append(
+        "\n".join(f"- **{topic}.** {finding.text}" for topic, same in context["findings"] for finding in same)
+    )
+    sections = {"Theory": ("verdicts", ["theory_map"]), "Results": ("results", ["results"])}
+    sections |= {"Differences": ("differences", []), "Training": ("", ["training"]), "Cost": ("costs", ["cost"])}
+    sections |= {"Learning rates": ("learning_rates", ["learning_rates"])}
+    for heading, (table, pictures) in sections.items():
+        body = [TABLE_NOTES[table]] if table in TABLE_NOTES and table in context["tables"] else []
+        body += [markdown(context["tables"][table])] if table in context["tables"] else []
+        body += [f"![{CAPTIONS[p]}](figures/{p}.png)\n\n*{CAPTIONS[p]}*" for p in pictures if p in figures]
+        parts += [f"## {heading}", *body] if body else []
+    parts += [
+        "## What was run where",
+        markdown(pd.DataFrame(context["provenance"].items(), columns=["What", "Value"])),
+    ]
+    parts += [f"- No figure “{stem}”: {why}." for stem, why in context["skipped"].items()]
+    parts += ["## Rerun", f"```\n{context['rerun']}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdict_table(verdicts: pd.DataFrame) -> Table:
+    """Verdicts as ``diablo_theory.theory.checks.run_checks`` returns them, a line a check and role, for the terminal."""
+    data = ResultsData(path=Path(), manifest={}, verdicts=verdicts)
+    return _terminal_table(readable(build(data))["verdicts"], "Theory")
+
+
+def learning_rate_table(rates: pd.DataFrame) -> Table:
+    """A learning-rate search (the rows of ``learning_rates.csv``) for the terminal."""
+    data = ResultsData(path=Path(), manifest={}, learning_rates=rates)
+    return _terminal_table(readable(build(data))["learning_rates"], "Learning rates")
+
+
+def _terminal_table(frame: pd.DataFrame, title: str) -> Table:
+    table = Table(title=_ascii(title), title_justify="left")
+    for column in frame.columns:
+        table.add_column(_ascii(str(column)))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text(_ascii(str(cell))) for cell in row))
+    return table
+
+
+def _ascii(text: str) -> str:
+    return text.replace("−", "-").replace("—", "-").encode("ascii", "replace").decode()
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} […]"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,326 @@
+"""Reading a results folder, and the one tidy schema that every number of this project fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diablo_theory.errors import ResultsError, nearest
+from diablo_theory.reporting.intervals import METRICS, Estimate, score, time_ratio
+
+SCHEMA_VERSION = 1
+SOURCES = ("published", "reproduced")
+SCALES = ("full", "small")
+PERCENT_METRICS = ("exact_match", "lenient_match", "accuracy", "passed")
+KEY = ("source", "suite", "table", "model", "method", "setting", "metric", "seed", "run_id")
+COLUMNS = (
+    *("source", "suite", "table", "model", "method", "setting", "trainable_params", "trainable_pct", "metric"),
+    *("value", "ci_low", "ci_high", "stderr", "n", "seed", "run_id", "scale", "note", "schema_version"),
+)
+
+_VERDICT_COLUMNS = ["check", "statement", "role", "premise_margin", "claim_margin", "tolerance", "passed"]
+_MAP_COLUMNS = ["rank_x", "num_blocks", "diablo_gap", "lora_gap", "in_theorem"]
+_ITEM_TEXT = ["cluster", "prompt", "answer", "completion"]
+_ITEM_COLUMNS = ["item", *_ITEM_TEXT, "exact", "lenient", "loss_sum", "tokens"]
+_RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test", "scale"]
+_RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seconds", "final_train_loss"]
+_RATE_COLUMNS = ["task", "method", "label", "learning_rate", "seed", "valid_loss", "chosen"]
+_RATE_INTERVAL = ["loss_low", "loss_high", "exact"]
+FULL_LABEL = "Full fine-tuning"
+_METHOD_ORDER = ("none", "full", "diablo", "lora")
+
+
+@dataclass(frozen=True)
+class ResultsData:
+    """All that a results folder holds; a part that was never run is an empty frame.
+
+    Attributes:
+        path: The folder.
+        manifest: What was run where, with which versions.
+        verdicts: One row per trial of a theory check.
+        gap_map: One row per point (rank of X, number of blocks) of the theory map.
+        runs: One row per finished run, by task, then method, then seed.
+        logs: The training log of each run that trained, by run id.
+        items: One row per run and test problem, with the run's ``run_id, task, label, method, seed``.
+        step_times: Paired rounds of the step-time measurement.
+        memory: Memory per method.
+        learning_rates: The learning-rate search.
+        unfinished: Run folders without ``metrics.json``.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    verdicts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    gap_map: pd.DataFrame = field(default_factory=pd.DataFrame)
+    runs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    logs: dict[str, pd.DataFrame] = field(default_factory=dict)
+    items: pd.DataFrame = field(default_factory=pd.DataFrame)
+    step_times: pd.DataFrame = field(default_factory=pd.DataFrame)
+    memory: pd.DataFrame = field(default_factory=pd.DataFrame)
+    learning_rates: pd.DataFrame = field(default_factory=pd.DataFrame)
+    unfinished: tuple[str, ...] = ()
+
+
+def collect(results: Path) -> ResultsData:
+    """Read a results folder.
+
+    Args:
+        results: The folder that ``diablo-theory reproduce`` wrote.
+
+    Returns:
+        Everything in it. Runs without ``metrics.json`` are listed as unfinished and otherwise ignored.
+
+    Raises:
+        ResultsError: If it is no results folder, another schema version wrote it, or a file in it is damaged.
+    """
+    results = Path(results)
+    manifest = _read_manifest(results)
+    folders = sorted(f for f in (results / "runs").glob("*") if f.is_dir() and not f.name.startswith("."))
+    finished = [folder for folder in folders if (folder / "metrics.json").exists()]
+    runs = _runs_table([_read_run(folder) for folder in finished])
+    by_id = {folder.name: folder for folder in finished}
+    return ResultsData(
+        path=results,
+        manifest=manifest,
+        verdicts=_optional(results / "theory" / "verdicts.csv", _VERDICT_COLUMNS, ["check", "role", "passed"]),
+        gap_map=_optional(results / "theory" / "map.csv", _MAP_COLUMNS, _MAP_COLUMNS),
+        runs=runs,
+        logs={r: _read_log(f) for r, f in by_id.items() if (f / "log.csv").exists()},
+        items=_all_items(runs, by_id),
+        step_times=_optional(results / "bench" / "step_times.csv", ["round", "method", "seconds"]),
+        memory=_optional(results / "bench" / "memory.csv", ["method", "static_mib", "step_peak_mib"]),
+        learning_rates=_optional(results / "learning_rates.csv", [*_RATE_COLUMNS, *_RATE_INTERVAL], _RATE_COLUMNS),
+        unfinished=tuple(folder.name for folder in folders if folder not in finished),
+    )
+
+
+def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Check that a frame fits the tidy schema.
+
+    Args:
+        rows: Published or reproduced rows, or both.
+
+    Returns:
+        The same frame, with its columns in the schema's order.
+
+    Raises:
+        ResultsError: Naming the row, the column, the value and what is allowed.
+    """
+    for column in rows.columns:
+        if column not in COLUMNS:
+            raise ResultsError(f"Unknown column {column!r} in the result rows.{nearest(str(column), COLUMNS)}")
+    missing = [column for column in COLUMNS if column not in rows.columns]
+    if missing:
+        raise ResultsError(f"The result rows lack the column(s) {', '.join(missing)}; needed: {', '.join(COLUMNS)}.")
+    _refuse(rows, "source", ~rows["source"].isin(SOURCES), f"one of {', '.join(SOURCES)}")
+    _refuse(rows, "scale", ~rows["scale"].isin(SCALES), f"one of {', '.join(SCALES)}")
+    _refuse(rows, "schema_version", rows["schema_version"] != SCHEMA_VERSION, str(SCHEMA_VERSION))
+    _refuse(rows, "metric", rows["metric"].isna() | (rows["metric"] == ""), "the name of what was measured")
+    for column in ("value", "trainable_pct", "ci_low", "ci_high", "stderr", "n"):
+        number = pd.to_numeric(rows[column], errors="coerce")
+        _refuse(rows, column, number.isna() & rows[column].notna(), "a number")
+    _refuse(rows, "value", rows["value"].isna(), "a number")
+    _refuse(rows, "trainable_pct", _outside(rows["trainable_pct"]), "a percentage from 0 to 100")
+    percent = rows["metric"].isin(PERCENT_METRICS)
+    _refuse(rows, "value", percent & _outside(rows["value"]), "a percentage from 0 to 100")
+    repeated = rows.duplicated(subset=list(KEY), keep="first")
+    if repeated.any():
+        row = rows.loc[repeated].iloc[0]
+        named = ", ".join(f"{column}={row[column]!r}" for column in KEY)
+        raise ResultsError(f"Row {rows.index[repeated][0]} repeats an earlier one ({named}); each may occur once.")
+    return rows[list(COLUMNS)]
+
+
+def tidy_rows(data: ResultsData) -> pd.DataFrame:
+    """Write every number of a results folder as rows of the tidy schema.
+
+    Args:
+        data: What :func:`collect` read.
+
+    Returns:
+        One row per run and metric, per theory check and role, per map point and method, and per measured cost.
+
+    Raises:
+        ResultsError: If a row does not fit the schema.
+    """
+    rows = [*_run_rows(data), *_theory_rows(data), *_cost_rows(data)]
+    shared = {"source": "reproduced", "scale": data.manifest.get("scale", "small"), "note": "", "run_id": ""}
+    frame = pd.DataFrame([shared | {"schema_version": SCHEMA_VERSION} | row for row in rows], columns=list(COLUMNS))
+    return validate_rows(frame)
+
+
+def full_label(data: ResultsData) -> str:
+    """Name under which full fine-tuning stands in this folder's tables."""
+    full = data.runs.loc[data.runs["method"] == "full", "label"]
+    return str(full.iloc[0]) if len(full) else FULL_LABEL
+
+
+def by_method(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """List the ``(label, method)`` pairs of some runs: untouched, full, DiaBlo, LoRA, then any other."""
+    pairs = runs[["label", "method"]].drop_duplicates().itertuples(index=False)
+    return sorted(((str(p.label), str(p.method)) for p in pairs), key=lambda p: (_rank(p[1]), p[0]))
+
+
+def _numbers(estimate: Estimate) -> dict[str, float]:
+    interval = {"ci_low": estimate.low, "ci_high": estimate.high, "stderr": estimate.stderr}
+    return {"value": estimate.value, "n": estimate.n} | interval
+
+
+def _run_rows(data: ResultsData) -> list[dict[str, Any]]:
+    rows = []
+    for run in data.runs.to_dict("records"):
+        items = data.items[data.items["run_id"] == run["run_id"]]
+        same = {key: run[key] for key in ("run_id", "model", "method", "seed", "scale")}
+        same |= {"trainable_params": run["trainable_params"], "trainable_pct": run["trainable_pct"]}
+        same |= {"suite": "finetune", "table": run["task"], "setting": run["label"]}
+        rows += [same | {"metric": name} | _numbers(score(items, name)) for name in METRICS]
+        rows += [same | {"metric": name, "value": run[name]} for name in ("train_seconds", "final_train_loss")]
+    return [row for row in rows if pd.notna(row["value"])]
+
+
+def _theory_rows(data: ResultsData) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    if not data.verdicts.empty:
+        for (check, role), same in data.verdicts.groupby(["check", "role"]):
+            passed = {"metric": "passed", "value": 100 * same["passed"].mean(), "n": len(same)}
+            rows.append({"suite": "theory", "table": "verdicts", "method": check, "setting": role} | passed)
+    for point in data.gap_map.to_dict("records"):
+        for method in ("diablo", "lora"):
+            where = {"method": method, "setting": f"rank X = {point['rank_x']}, N = {point['num_blocks']}"}
+            gap = {"metric": "gap", "value": point[f"{method}_gap"], "trainable_params": point.get(f"{method}_params")}
+            rows.append({"suite": "theory", "table": "map"} | where | gap)
+    return rows
+
+
+def _cost_rows(data: ResultsData) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    labels: list[str] = [] if data.step_times.empty else list(data.step_times["method"].unique())
+    for label in labels:
+        ratio = time_ratio(data.step_times, label, full_label(data))
+        if ratio.n:
+            named = {"table": "step_time", "setting": label, "metric": "step_time_ratio_to_full"}
+            rows.append(named | _numbers(ratio))
+    for line in data.memory.to_dict("records"):
+        for name in ("static_mib", "step_peak_mib"):
+            rows.append({"table": "memory", "setting": line["method"], "metric": name, "value": line[name]})
+    return [{"suite": "bench"} | row for row in rows if pd.notna(row["value"])]
+
+
+def _rank(method: str) -> int:
+    return _METHOD_ORDER.index(method) if method in _METHOD_ORDER else len(_METHOD_ORDER)
+
+
+def _outside(values: pd.Series) -> pd.Series:
+    number = pd.to_numeric(values, errors="coerce")
+    return (number < 0) | (number > 100)
+
+
+def _refuse(rows: pd.DataFrame, column: str, bad: pd.Series, allowed: str) -> None:
+    if bad.any():
+        row = rows.index[bad][0]
+        raise ResultsError(f"Row {row}: {column} is {rows[column][row]!r}; allowed: {allowed}.")
+
+
+def _read_manifest(results: Path) -> dict[str, Any]:
+    path = results / "manifest.json"
+    if not path.exists():
+        raise ResultsError(
+            f"{results} holds no manifest.json, so it is no results folder. `diablo-theory reproduce` makes one."
+        )
+    manifest = _read_json(path)
+    found = manifest.get("schema_version")
+    if found != SCHEMA_VERSION:
+        raise ResultsError(
+            f"{path} has schema version {found!r}; this version of diablo-theory reads {SCHEMA_VERSION}. Read it with "
+            f"diablo-theory {manifest.get('package_version', '(unknown)')}, which wrote it, or run `diablo-theory "
+            "reproduce` again into a new folder."
+        )
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultsError(
+            f"{path} is missing. Delete {path.parent} and run `diablo-theory reproduce` again."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(
+            f"{path} is truncated or damaged ({error}). Delete it and run `diablo-theory reproduce` again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ResultsError(f"{path} holds a {type(value).__name__}; a JSON object is needed.")
+    return value
+
+
+def _read_csv(path: Path, columns: list[str], filled: list[str], **options: Any) -> pd.DataFrame:
+    advice = f"Delete {path} and run `diablo-theory reproduce` again."
+    try:
+        frame: pd.DataFrame = pd.read_csv(path, **options)
+    except (ValueError, OSError) as error:  # pandas' own parser errors are ValueErrors
+        raise ResultsError(f"{path} cannot be read ({error}). {advice}") from error
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ResultsError(f"{path} lacks the column(s) {', '.join(missing)}. {advice}")
+    for column in filled:
+        if frame[column].isna().any():
+            line = int(frame.index[frame[column].isna()][0]) + 2
+            raise ResultsError(f"{path} is truncated or damaged: no {column} in line {line}. {advice}")
+    return frame
+
+
+def _optional(path: Path, columns: list[str], filled: list[str] | None = None) -> pd.DataFrame:
+    return _read_csv(path, columns, columns if filled is None else filled) if path.exists() else pd.DataFrame()
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    merged = _read_json(folder / "config.json") | _read_json(folder / "metrics.json")
+    missing = [key for key in _RUN_KEYS if merged.get(key) is None]
+    if missing:
+        raise ResultsError(f"{folder}: config.json and metrics.json lack {', '.join(missing)}.")
+    return {"run_id": folder.name} | {key: merged.get(key) for key in [*_RUN_KEYS, *_RUN_EXTRAS]}
+
+
+def _runs_table(runs: list[dict[str, Any]]) -> pd.DataFrame:
+    if not runs:
+        return pd.DataFrame(columns=["run_id", *_RUN_KEYS, *_RUN_EXTRAS])
+    frame = pd.DataFrame(runs)
+    frame[_RUN_EXTRAS] = frame[_RUN_EXTRAS].apply(pd.to_numeric)
+    for (task, label, seed), same in frame.groupby(["task", "label", "seed"]):
+        if len(same) > 1:
+            raise ResultsError(
+                f"Runs {', '.join(same['run_id'])} are all {label} on {task} with seed {seed}, so no table can tell "
+                "them apart. Move all but one out of the runs folder."
+            )
+    models = frame[["task", "model"]].drop_duplicates()
+    for mixed in models.loc[models["task"].duplicated(), "task"]:
+        names = ", ".join(models.loc[models["task"] == mixed, "model"])
+        raise ResultsError(f"Runs on {mixed} used different models ({names}); compare one model per folder.")
+    frame["rank"] = frame["method"].map(_rank)
+    return frame.sort_values(["task", "rank", "label", "seed"], ignore_index=True).drop(columns="rank")
+
+
+def _read_log(folder: Path) -> pd.DataFrame:
+    return _read_csv(folder / "log.csv", ["step", "loss", "grad_norm"], ["step", "loss"])
+
+
+def _all_items(runs: pd.DataFrame, folders: dict[str, Path]) -> pd.DataFrame:
+    frames = []
+    for run in runs.itertuples(index=False):
+        path = folders[str(run.run_id)] / "items.csv"
+        as_text: dict[str, Any] = {"keep_default_na": False, "dtype": dict.fromkeys(_ITEM_TEXT, str)}
+        numeric = {c: ["", "nan", "NaN"] for c in ("exact", "lenient", "loss_sum", "tokens")}
+        frame = _read_csv(path, _ITEM_COLUMNS, ["exact", "loss_sum", "tokens"], na_values=numeric, **as_text)
+        if len(frame) != run.n_test:
+            raise ResultsError(
+                f"{path} holds {len(frame)} test problems where metrics.json says {run.n_test}: it is truncated or "
+                f"damaged. Delete {path.parent} and run `diablo-theory reproduce` again."
+            )
+        names = {name: getattr(run, name) for name in ("run_id", "task", "label", "method", "seed")}
+        frames.append(frame.assign(**names))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

@@ -1,0 +1,109 @@
+"""How every figure looks: fonts, colours that colour-blind readers tell apart, markers that survive greyscale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from diablo_theory.files import write_with
+
+WIDTH = 7.0  # inches: a text block on A4 or letter paper, so the fonts print at their nominal size
+GREY = "#595959"
+DIABLO_BLUE = "#0072B2"
+LORA_VERMILLION = "#D55E00"
+RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so that every machine draws the same glyphs
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "hatch.linewidth": 0.7,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 220,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "diablo-theory",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method is drawn, in every figure alike."""
+
+    color: str
+    marker: str
+    line: str | tuple[int, tuple[float, ...]]
+    hatch: str
+
+
+_LOOKS = {  # Okabe and Ito's palette
+    "none": (Look("#000000", "x", ":", ""),),
+    "full": (Look("#009E73", "s", "-.", "...."),),
+    "diablo": (
+        Look(DIABLO_BLUE, "o", "-", ""),
+        Look("#56B4E9", "p", (0, (8, 2)), "xx"),
+        Look("#000000", "h", "-", "++"),
+    ),
+    "lora": (Look(LORA_VERMILLION, "^", "--", "////"), Look("#E69F00", "v", (0, (2, 1)), "----")),
+}
+_OTHERS = (Look("#CC79A7", "D", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\\\"), Look(GREY, "*", (0, (1, 1)), "oo"))
+
+
+def looks(pairs: Sequence[tuple[str, str]]) -> dict[str, Look]:
+    """Give each method a look that depends only on its kind and on how many of the kind came before.
+
+    Args:
+        pairs: ``(label, method)`` in drawing order.
+
+    Returns:
+        A look per label.
+    """
+    seen: dict[str, int] = {}
+    chosen = {}
+    for label, method in pairs:
+        family = _LOOKS.get(method, _OTHERS)
+        chosen[label] = family[seen.get(method, 0) % len(family)]
+        seen[method] = seen.get(method, 0) + 1
+    return chosen
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Write a figure as PDF and PNG, whole or not at all, with the same bytes for the same data.
+
+    Args:
+        figure: The figure.
+        folder: Where the files go.
+        stem: File name without its suffix.
+
+    Returns:
+        The two files.
+    """
+    undated: dict[str, dict[str, Any]] = {
+        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+        ".png": {"Software": None},
+    }
+    written = []
+    with mpl.rc_context(RC):
+        for suffix, metadata in undated.items():
+            path = folder / f"{stem}{suffix}"
+            write_with(path, partial(figure.savefig, metadata=metadata))
+            written.append(path)
+    return written

@@ -1,0 +1,237 @@
+"""The whole way through: theory, real model, cost, report. Each finished piece is a file and is not made again."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diablo_theory import bench
+from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
+from diablo_theory.files import write_json, write_with
+from diablo_theory.finetune import models, runs
+from diablo_theory.finetune.config import RunConfig, experiments_folder, read_yaml, resolve
+from diablo_theory.methods import Method
+from diablo_theory.progress import Board
+from diablo_theory.provenance import peak_rss_gib, provenance
+from diablo_theory.reporting.report import write_report
+from diablo_theory.reporting.results import SCHEMA_VERSION
+from diablo_theory.theory.checks import run_checks
+from diablo_theory.theory.sweeps import gap_map
+
+
+class Profile(BaseModel):
+    """One entry of ``experiments/reproduce.yaml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trials: int = Field(ge=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[Method, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    bench_rounds: int = Field(ge=1)
+    set: dict[str, Any]
+
+
+def load_profile(name: str) -> Profile:
+    """A profile by name.
+
+    Raises:
+        ConfigError: If there is no such profile or it is malformed.
+    """
+    path = experiments_folder() / "reproduce.yaml"
+    profiles = read_yaml(path)
+    if name not in profiles:
+        raise ConfigError(f"no profile {name!r} in {path}.{nearest(name, profiles)}")
+    try:
+        return Profile.model_validate(profiles[name])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{path}, {name}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def planned_runs(profile: Profile, overrides: dict[str, Any]) -> dict[str, RunConfig]:
+    """Run name to configuration, in order; every method of a task and seed differs in its run file alone."""
+    planned: dict[str, RunConfig] = {}
+    for task in profile.tasks:
+        for seed in profile.seeds:
+            for method in profile.methods:
+                differences = read_yaml(experiments_folder() / task / f"{method}.yaml")
+                config = resolve(differences, profile.set, overrides, {"seed": seed})
+                # The untouched model has no seed: one run stands for all.
+                if method != "none" or seed == profile.seeds[0]:
+                    planned[f"{task}-{method}-seed{seed}"] = config
+    return planned
+
+
+class Reproduction:
+    """A results folder being filled.
+
+    Args:
+        out: The folder; made if need be.
+        name: The profile.
+        overrides: Keys of a run that the command line sets for all runs.
+
+    Raises:
+        ResultsError: If the folder was begun by another version or with other settings.
+    """
+
+    def __init__(self, out: Path, name: str, overrides: dict[str, Any]) -> None:
+        self.out = out
+        self.profile = load_profile(name)
+        self.planned = planned_runs(self.profile, overrides)
+        self.failures: list[str] = []
+        self._manifest_path = out / "manifest.json"
+        settings = {"profile": self.profile.model_dump(mode="json"), "overrides": overrides}
+        here = provenance()
+        if self._manifest_path.is_file():
+            self.manifest = self._checked_manifest(settings, here)
+        else:
+            first = next(iter(self.planned.values()))
+            self.manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "profile": name,
+                "scale": first.scale,
+                "settings": settings,
+                **here,
+                "commits": [here["commit"]],
+                "started": _now(),
+                "finished": None,
+                "seconds": 0.0,
+                "peak_rss_gib": None,
+                "model": {"name": first.model, "source": None, "sha256": None},
+                "stages": {},
+            }
+            self._save()
+
+    def _checked_manifest(self, settings: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+        advice = f"Choose another --out, or move {self.out} away; it was left as it is."
+        try:
+            manifest: dict[str, Any] = json.loads(self._manifest_path.read_text(encoding="utf-8"))
+            found = manifest["schema_version"], manifest["package_version"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ResultsError(f"{self._manifest_path} is damaged ({error}). {advice}") from error
+        if found != (SCHEMA_VERSION, here["package_version"]):
+            raise ResultsError(
+                f"{self.out} was begun by version {found[1]} (results schema {found[0]}), this is version "
+                f"{here['package_version']} (schema {SCHEMA_VERSION}). {advice}"
+            )
+        if manifest["settings"] != json.loads(json.dumps(settings)):
+            raise ResultsError(f"{self.out} was begun with other settings ({manifest['profile']}). {advice}")
+        if here["commit"] not in manifest["commits"]:
+            manifest["commits"].append(here["commit"])
+        manifest["dirty"] = manifest["dirty"] or here["dirty"]
+        return manifest
+
+    def _save(self) -> None:
+        write_json(self._manifest_path, self.manifest)
+
+    @contextmanager
+    def _timed(self, name: str, board: Board) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            with board.stage(name):
+                yield
+        finally:  # time spent counts even when the stage was interrupted
+            seconds = time.monotonic() - started
+            stages = self.manifest["stages"]
+            stages[name] = round(stages.get(name, 0.0) + seconds, 1)
+            self.manifest["seconds"] = round(sum(stages.values()), 1)
+            self.manifest["peak_rss_gib"] = max(self.manifest["peak_rss_gib"] or 0.0, peak_rss_gib() or 0.0) or None
+            self._save()
+
+    def run(self, board_of: Callable[[dict[str, float]], Board]) -> Path:
+        """Do everything that is not done yet; returns the HTML report.
+
+        Args:
+            board_of: Makes the progress board from the seconds that each stage is expected to take.
+
+        Raises:
+            ResultsError: If another process is at work in the same folder.
+            ModelUnavailableError: If the pretrained model is not to be had.
+        """
+        try:
+            with filelock.FileLock(self.out / ".lock", timeout=0):
+                return self._run(board_of(self._expected()))
+        except filelock.Timeout:
+            raise ResultsError(
+                f"another process is at work in {self.out}: wait for it, or choose another --out"
+            ) from None
+
+    def _run(self, board: Board) -> Path:
+        self._theory(board)
+        for name, config in self.planned.items():
+            self._one_run(name, config, board)
+        self._bench(board)
+        if self.manifest["finished"] is None and not self.failures:
+            self.manifest["finished"] = _now()
+            self._save()
+        with self._timed("report", board):
+            return write_report(self.out)
+
+    def _theory(self, board: Board) -> None:
+        verdicts_file, map_file = self.out / "theory" / "verdicts.csv", self.out / "theory" / "map.csv"
+        if map_file.is_file() and verdicts_file.is_file():
+            return board.skip("theory")
+        with self._timed("theory", board):
+            verdicts = run_checks(trials=self.profile.trials)
+            write_with(verdicts_file, lambda path: verdicts.to_csv(path, index=False))
+            cells = gap_map()
+            write_with(map_file, lambda path: cells.to_csv(path, index=False))
+        return None
+
+    def _one_run(self, name: str, config: RunConfig, board: Board) -> None:
+        folder = self.out / "runs" / name
+        if runs.finished(folder):
+            runs.claim(folder, config)
+            return board.skip(name)
+        try:
+            with self._timed(name, board):
+                metrics = runs.execute(config, folder, board)
+        except NonFiniteError as error:  # one method's divergence says nothing about the others
+            self.failures.append(f"{name}: {error}")
+            return None
+        self.manifest["model"] |= {"source": metrics["model_source"], "sha256": metrics["model_sha256"]}
+        self._save()
+        return None
+
+    def _bench(self, board: Board) -> None:
+        times_file, memory_file = self.out / "bench" / "step_times.csv", self.out / "bench" / "memory.csv"
+        if times_file.is_file() and memory_file.is_file():
+            return board.skip("cost")
+        contenders = [method for method in self.profile.methods if method != "none"]
+        config = next(iter(self.planned.values()))
+        rounds = self.profile.bench_rounds
+        with self._timed("cost", board):
+            loaded = models.load_model(config.model, config.device)
+            with board.piece("time one training step of each, in turn", rounds + bench.WARMUP_ROUNDS) as advance:
+                times, memory = bench.compare(loaded, config, contenders, rounds, advance)
+            write_with(memory_file, lambda path: memory.to_csv(path, index=False))
+            write_with(times_file, lambda path: times.to_csv(path, index=False))
+        return None
+
+    def _expected(self) -> dict[str, float]:
+        """Rough seconds a stage on two CPU cores, for the first estimate; the board corrects them as it goes."""
+        expected = {"theory": 1.5 * self.profile.trials}
+        for name, config in self.planned.items():
+            step = {"none": 0.0, "full": 1.25}.get(config.method, 1.0) * config.batch_size / 16
+            expected[name] = 3.0 + config.steps * step + 0.08 * config.eval_items
+        return expected | {"cost": 4.0 * (self.profile.bench_rounds + bench.WARMUP_ROUNDS), "report": 10.0}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@functools.cache
+def profile_names() -> tuple[str, ...]:
+    """The profiles of ``experiments/reproduce.yaml``."""
+    return tuple(read_yaml(experiments_folder() / "reproduce.yaml"))

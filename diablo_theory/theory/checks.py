@@ -1,0 +1,72 @@
+"""The checks by name, and the run that turns them into one table of verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from diablo_theory.errors import ConfigError, nearest
+from diablo_theory.theory import convexity_checks, linear_checks, network_checks
+from diablo_theory.theory.problems import seeded
+from diablo_theory.theory.verdicts import Check, Verdict
+
+CHECKS: dict[str, Check] = {
+    check.name: check
+    for check in (
+        Check(
+            "G1", "The gradient of the blocks is the diagonal blocks of the full gradient.", network_checks.gradient
+        ),
+        Check("L1", "The linear DiaBlo problem is convex; descent solves it.", convexity_checks.convexity),
+        Check("L2", "If every X_i has the rank of X, DiaBlo loses nothing.", linear_checks.sufficiency),
+        Check("L4", "At m2 rank X parameters DiaBlo is optimal and LoRA is not.", linear_checks.budget),
+        Check("S1", "Under L2's premise a stationary D is stationary in W.", network_checks.stationary),
+    )
+}
+"""Every check, by its name in theory.md."""
+
+COLUMNS: tuple[str, ...] = (*(field.name for field in dataclasses.fields(Verdict)), "passed")
+"""Columns of the table of verdicts."""
+
+_TRIAL_STRIDE = 1009
+
+
+def run_checks(
+    names: Sequence[str] | None = None,
+    trials: int = 5,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> pd.DataFrame:
+    """Run checks on random and boundary instances, each claim with its control.
+
+    Instances depend on the seed, the check and the trial only, not on which other checks run.
+
+    Args:
+        names: Checks to run, in this order; all of them by default.
+        trials: Instances of each, at least 1.
+        seed: Where all draws come from.
+        progress: Called with a short text before each trial.
+
+    Returns:
+        One row a verdict; the columns are the fields of :class:`Verdict` and ``passed``.
+
+    Raises:
+        ConfigError: If a check is unknown.
+        ValueError: If trials is below 1.
+    """
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    chosen = list(CHECKS) if names is None else list(names)
+    for name in chosen:
+        if name not in CHECKS:
+            raise ConfigError(f"unknown check {name!r}.{nearest(name, CHECKS)}")
+    verdicts: list[Verdict] = []
+    for name in chosen:
+        for trial in range(trials):
+            if progress is not None:
+                progress(f"{name}: trial {trial + 1} of {trials}")
+            generator = seeded((seed * _TRIAL_STRIDE + trial) * _TRIAL_STRIDE + list(CHECKS).index(name))
+            verdicts.extend(CHECKS[name].run(generator, trial))
+    rows = [{**dataclasses.asdict(verdict), "passed": verdict.passed} for verdict in verdicts]
+    return pd.DataFrame(rows, columns=list(COLUMNS))

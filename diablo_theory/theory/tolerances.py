@@ -1,0 +1,104 @@
+"""One table of tolerances, by quantity and dtype, each with the reason for its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diablo_theory.errors import ConfigError, nearest
+
+_EPS = {dtype: float(torch.finfo(dtype).eps) for dtype in (torch.float64, torch.float32)}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a quantity may be off, and why that far.
+
+    Args:
+        value: The bound, in the unit that the quantity's reason states.
+        reason: One sentence that derives it.
+    """
+
+    value: float
+    reason: str
+
+
+def _sums(what: str) -> dict[torch.dtype, Tolerance]:
+    """4096 eps: an inner product of up to 4096 terms, reordered, moves by at most 4096 eps of its absolute sum."""
+    return {
+        dtype: Tolerance(
+            4096 * eps, f"4096 eps: {what}; sums here have at most 4096 terms, and each may cost one eps."
+        )
+        for dtype, eps in _EPS.items()
+    }
+
+
+def _conditioned(squared: bool) -> dict[torch.dtype, Tolerance]:
+    """The error of a fit X D through a pseudo-inverse: a few cond(X_i) eps, or the square of it for a gap."""
+    exponents = {torch.float64: 20, torch.float32: 12}
+    table = {}
+    for dtype, eps in _EPS.items():
+        fit = 2 ** exponents[dtype] * eps
+        reason = f"a fit through X_i^+ is off by a few cond(X_i) eps <= 2^{exponents[dtype]} eps of ||P_X R||"
+        if squared:
+            table[dtype] = Tolerance(fit**2, f"(2^{exponents[dtype]} eps)^2: {reason}; a gap is its square.")
+        else:
+            table[dtype] = Tolerance(fit, f"2^{exponents[dtype]} eps: {reason}, so a loss moves by as much.")
+    return table
+
+
+_TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
+    "rank": _sums("singular values below this share of the largest count as zero, for the SVD's backward error"),
+    "gap": _conditioned(squared=True),
+    "loss": _conditioned(squared=False),
+    "gradient": _sums("relative difference of two gradients that add the same products in another order"),
+    "linearity": _sums("relative defect of a map that is linear in exact arithmetic"),
+    "convexity": _sums("relative excess of a midpoint's loss over the mean of the segment's ends"),
+    "curvature": _sums("negative or between-block part of a Hessian, relative to its largest eigenvalue"),
+    "contraction": {
+        torch.float64: Tolerance(
+            64e6 * _EPS[torch.float64],
+            "64 eps / 1e-6: errors are followed down to 1e-6 of the first one, ||D*||, and one step rounds by at "
+            "most 64 eps ||D*||; absolute, on a ratio of two errors.",
+        ),
+    },
+    "certificate": {
+        torch.float64: Tolerance(
+            1e-6,
+            "1e-6: descent stops where ||grad D|| is 1e-8 of ||grad W|| at the start, so rounding of grad W (eps of "
+            "the latter, times at most 32 for the sums) is below 1e-6 of ||grad D||.",
+        ),
+    },
+    "stationarity": {
+        torch.float64: Tolerance(
+            1e-4,
+            "1e-4: descent brings ||grad D|| to 1e-8 of ||grad W|| at the start, and the instances amplify that by "
+            "at most 1e4, the conditioning that their shapes are chosen for.",
+        ),
+    },
+}
+
+QUANTITIES: tuple[str, ...] = tuple(_TABLE)
+
+
+def tolerance(quantity: str, dtype: torch.dtype = torch.float64) -> Tolerance:
+    """Look one tolerance up.
+
+    Args:
+        quantity: One of ``QUANTITIES``.
+        dtype: The precision in which the problem's tensors were given.
+
+    Returns:
+        The bound with its reason.
+
+    Raises:
+        ConfigError: If the quantity is unknown, or has no entry for the dtype.
+    """
+    if quantity not in _TABLE:
+        raise ConfigError(f"unknown tolerance quantity {quantity!r}.{nearest(quantity, _TABLE)}")
+    entries = _TABLE[quantity]
+    if dtype not in entries:
+        known = [str(known_dtype) for known_dtype in entries]
+        raise ConfigError(f"no {quantity!r} tolerance for dtype {dtype}.{nearest(str(dtype), known)}")
+    return entries[dtype]

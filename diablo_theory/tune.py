@@ -1,0 +1,87 @@
+"""Choosing each method's learning rate: the same grid for all, on validation problems that no test score uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diablo_theory.errors import NonFiniteError
+from diablo_theory.files import write_with
+from diablo_theory.finetune import runs
+from diablo_theory.finetune.config import experiments_folder, read_yaml, resolve
+from diablo_theory.methods import Method
+from diablo_theory.progress import Board
+from diablo_theory.reporting.intervals import score
+
+#: A factor of about three between neighbours, wide enough that no method's best is at an edge.
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def tune(
+    task: str, methods: Sequence[Method], grid: Sequence[float], overrides: dict[str, Any], out: Path, board: Board
+) -> pd.DataFrame:
+    """Train every method at every rate and mark the one with the lowest validation loss.
+
+    Finished runs in ``out/tuning`` are not done again. A rate at which training diverges gets an infinite loss.
+
+    Args:
+        task: As in run files.
+        methods: Methods to tune, all over the same grid.
+        grid: Learning rates.
+        overrides: Keys of a run, the same for all.
+        out: Results folder; gets ``tuning/`` and ``learning_rates.csv``.
+        board: Shows progress.
+
+    Returns:
+        A row a run: task, method, label, learning_rate, seed, steps, n, valid_loss (nats per answer token) with its 95%
+        interval, exact (share of validation problems), chosen.
+    """
+    rows = [
+        _row(task, method, rate, overrides, out / "tuning" / f"{task}-{method}-{rate:g}", board)
+        for method in methods
+        for rate in sorted(grid)
+    ]
+    table = pd.DataFrame(rows)
+    table["chosen"] = table.groupby("method")["valid_loss"].transform("min") == table["valid_loss"]
+    file = out / "learning_rates.csv"
+    if file.is_file():  # other tasks and methods keep their rows
+        before = pd.read_csv(file)
+        redone = (before["task"] == task) & before["method"].isin(methods)
+        table = pd.concat([before[~redone], table], ignore_index=True)
+    write_with(file, lambda path: table.to_csv(path, index=False))
+    return table
+
+
+def _row(
+    task: str, method: Method, rate: float, overrides: dict[str, Any], folder: Path, board: Board
+) -> dict[str, Any]:
+    differences = read_yaml(experiments_folder() / task / f"{method}.yaml")
+    fixed = {"learning_rate": rate, "eval_split": "validation", "keep_weights": False}
+    config = resolve(differences, overrides, fixed)
+    row = {"task": task, "method": method, "learning_rate": rate, "seed": config.seed, "steps": config.steps}
+    with board.stage(f"{task}, {method}, learning rate {rate:g}"):
+        try:
+            metrics = runs.execute(config, folder, board)
+        except NonFiniteError:
+            worst = float("inf")
+            return row | {
+                "label": method,
+                "n": 0,
+                "valid_loss": worst,
+                "loss_low": worst,
+                "loss_high": worst,
+                "exact": 0.0,
+            }
+    items = pd.read_csv(folder / "items.csv").assign(seed=config.seed)
+    loss = score(items, "loss_per_token")
+    return row | {
+        "label": metrics["label"],
+        "n": len(items),
+        "valid_loss": loss.value,
+        "loss_low": loss.low,
+        "loss_high": loss.high,
+        "exact": metrics["exact"],
+    }

@@ -1,0 +1,139 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting import intervals
+
+
+def frame(exact, loss=None, tokens=None, seed=0, cluster=None, label="M"):
+    n = len(exact)
+    loss = np.ones(n) if loss is None else loss
+    return pd.DataFrame(
+        {
+            "item": np.arange(n),
+            "cluster": np.arange(n).astype(str) if cluster is None else cluster,
+            "prompt": [f"p{i}" for i in range(n)],
+            "answer": "1",
+            "exact": exact,
+            "lenient": np.nan,
+            "loss_sum": loss,
+            "tokens": np.ones(n) if tokens is None else tokens,
+            "seed": seed,
+            "label": label,
+        }
+    )
+
+
+def test_wilson_against_the_formula():
+    n, p, z = 50, 0.8, 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    found = intervals.wilson(40, 50)
+    assert (found.value, found.low, found.high) == pytest.approx((80, 100 * (centre - half), 100 * (centre + half)))
+    assert intervals.wilson(0, 50).high > 5
+
+
+def test_one_seed_of_independent_problems_uses_wilson():
+    exact = np.array([1, 0, 1, 1])
+    assert intervals.score(frame(exact), "exact_match") == intervals.wilson(3, 4)
+
+
+@pytest.mark.parametrize(("solved", "expected"), [(0, 0.0), (1, 100.0)])
+def test_all_or_none_solved_still_has_a_width(solved, expected):
+    clusters = np.repeat(np.arange(10), 3).astype(str)
+    found = intervals.score(frame(np.full(30, solved), cluster=clusters), "exact_match")
+    assert found.value == expected
+    assert found.high - found.low == pytest.approx(100 - intervals.wilson(10, 10).low)
+
+
+def test_loss_per_token_weighs_by_tokens_and_matches_the_normal_interval():
+    rng = np.random.default_rng(1)
+    loss = rng.gamma(4.0, 1.0, size=400)
+    found = intervals.score(frame(np.ones(400), loss=loss), "loss_per_token")
+    half = t.ppf(0.975, 399) * loss.std(ddof=1) / 20
+    assert (found.low, found.high) == pytest.approx((loss.mean() - half, loss.mean() + half), rel=0.01)
+    weighed = intervals.score(frame([1, 1], loss=np.array([1.0, 9.0]), tokens=np.array([1, 4])), "loss_per_token")
+    assert weighed.value == pytest.approx(2.0)
+
+
+def test_coverage_of_the_paired_difference():
+    rng, covered, trials = np.random.default_rng(0), 0, 40
+    for _ in range(trials):
+        skill = rng.random(100)
+        one, two = (rng.random(100) < skill).astype(int), (rng.random(100) < skill**2).astype(int)
+        found = intervals.paired_difference(frame(one), frame(two), "exact_match")
+        covered += found.low <= 100 * (1 / 2 - 1 / 3) <= found.high
+    assert covered >= 0.88 * trials
+
+
+def test_clusters_widen_the_interval():
+    exact = np.repeat(np.random.default_rng(0).integers(0, 2, 40), 5)
+    together = intervals.score(frame(exact, cluster=np.repeat(np.arange(40), 5).astype(str)), "exact_match")
+    apart = intervals.score(frame(exact), "exact_match")
+    assert together.stderr > 1.8 * apart.stderr
+    alone = intervals.score(frame(exact, cluster=np.full(200, "same")), "exact_match")
+    assert alone == apart
+
+
+def test_seeds_are_averaged_and_resampled():
+    good, bad = np.r_[np.ones(90), np.zeros(10)], np.r_[np.ones(50), np.zeros(50)]
+    both = pd.concat([frame(good, seed=0), frame(bad, seed=1)])
+    found = intervals.score(both, "exact_match")
+    assert (found.value, found.seeds, found.n) == (70.0, 2, 100)
+    assert found.low < 52 < 88 < found.high
+
+
+def test_the_same_answers_differ_by_nothing():
+    exact = np.random.default_rng(0).integers(0, 2, 30)
+    found = intervals.paired_difference(frame(exact), frame(exact), "exact_match")
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert found.contains_zero
+
+
+def test_paired_is_narrower_than_unpaired():
+    rng = np.random.default_rng(0)
+    loss = rng.gamma(2.0, 1.0, size=200)
+    one, two = frame(np.ones(200), loss=loss), frame(np.ones(200), loss=loss + 0.1 + 0.01 * rng.normal(size=200))
+    found = intervals.paired_difference(one, two, "loss_per_token")
+    assert found.value == pytest.approx(-0.1, abs=0.01)
+    assert not found.contains_zero
+    assert found.stderr < 0.1 * intervals.score(one, "loss_per_token").stderr
+
+
+def test_only_shared_seeds_are_paired():
+    exact = np.array([1, 0, 1, 1])
+    two_seeds = pd.concat([frame(exact, seed=0), frame(1 - exact, seed=1)])
+    assert intervals.paired_difference(two_seeds, frame(exact, seed=0), "exact_match").seeds == 1
+    with pytest.raises(ResultsError, match="share no seed"):
+        intervals.paired_difference(frame(exact, seed=3), frame(exact, seed=0), "exact_match")
+
+
+def test_different_problems_are_refused():
+    one = frame([1, 0, 1], label="DiaBlo N=64")
+    with pytest.raises(ResultsError, match="DiaBlo N=64 and LoRA r=5 were not tested on the same problems"):
+        intervals.paired_difference(one, one.assign(prompt="other", label="LoRA r=5"), "exact_match")
+    with pytest.raises(ResultsError, match="seeds did not answer the same test problems"):
+        intervals.score(pd.concat([one, frame([1, 0], seed=1)]), "exact_match")
+
+
+def test_bootstrap_is_deterministic_and_seeded():
+    loss = np.random.default_rng(0).gamma(2.0, 1.0, size=50)
+    items = frame(np.ones(50), loss=loss)
+    assert intervals.score(items, "loss_per_token") == intervals.score(items, "loss_per_token")
+    assert intervals.score(items, "loss_per_token", seed=1) != intervals.score(items, "loss_per_token")
+
+
+def test_time_ratio_pairs_rounds():
+    drift = np.linspace(1, 5, 11)  # the machine slows down; the ratio does not
+    rows = [(r, m, d * s) for r, d in enumerate(drift) for m, s in (("full", 2.0), ("diablo", 1.0))]
+    times = pd.DataFrame(rows, columns=["round", "method", "seconds"])
+    found = intervals.time_ratio(times, "diablo", "full")
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((0.5, 0.5, 0.5, 11))
+    assert np.isnan(intervals.time_ratio(times, "lora", "full").value)
+    assert np.isnan(intervals.time_ratio(times.drop(index=range(1, 22)), "diablo", "full").value)
+
+
+def test_a_metric_that_the_task_lacks_is_nan():
+    assert np.isnan(intervals.score(frame([1, 0]), "lenient_match").value)

@@ -1,0 +1,158 @@
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.results import COLUMNS, collect, tidy_rows, validate_rows
+
+
+@pytest.fixture(scope="module")
+def rows(full_results):
+    return tidy_rows(collect(full_results))
+
+
+def test_everything_is_collected(full_results):
+    data = collect(full_results)
+    assert list(data.runs["label"].unique()) == ["Untouched model", "Full fine-tuning", "DiaBlo N=64", "LoRA r=5"]
+    assert len(data.runs) == 14
+    assert len(data.logs) == 12
+    assert len(data.items) == 14 * 60
+    assert "<script>" in data.items["completion"][0]
+    assert not data.unfinished
+
+
+def test_a_manifest_alone_is_enough(make, tmp_path):
+    make.manifest(tmp_path)
+    data = collect(tmp_path)
+    assert data.runs.empty
+    assert tidy_rows(data).empty
+
+
+def test_no_results_folder(tmp_path):
+    with pytest.raises(ResultsError, match=r"holds no manifest.json.*diablo-theory reproduce"):
+        collect(tmp_path)
+
+
+def test_another_schema_version_is_refused(make, tmp_path):
+    make.manifest(tmp_path, schema_version=2, package_version="0.9.0")
+    with pytest.raises(ResultsError, match=r"schema version 2; this version .* reads 1\. .*diablo-theory 0\.9\.0"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.json"])
+def test_truncated_json(one_run, name):
+    path = one_run / name
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ResultsError, match=rf"{name} is truncated or damaged.*Delete it"):
+        collect(one_run.parents[1])
+
+
+def test_json_of_the_wrong_kind(one_run):
+    (one_run / "metrics.json").write_text("[1]")
+    with pytest.raises(ResultsError, match="holds a list; a JSON object is needed"):
+        collect(one_run.parents[1])
+
+
+def test_missing_keys_are_named(one_run):
+    metrics = json.loads((one_run / "metrics.json").read_text())
+    del metrics["label"], metrics["n_test"]
+    (one_run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ResultsError, match="lack label, n_test"):
+        collect(one_run.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: lines[:-5], "55 test problems where metrics.json says 60"),
+        (lambda lines: [], "cannot be read"),
+        (lambda lines: [lines[0].replace("tokens", "tokenz"), *lines[1:]], r"lacks the column\(s\) tokens"),
+    ],
+)
+def test_truncated_items(one_run, damage, message):
+    path = one_run / "items.csv"
+    frame = pd.read_csv(path)
+    frame["prompt"] = "p"
+    frame.to_csv(path, index=False)
+    path.write_text("".join(damage(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(ResultsError, match=message):
+        collect(one_run.parents[1])
+
+
+def test_truncated_verdicts(results):
+    path = results / "theory" / "verdicts.csv"
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ResultsError, match=r"verdicts.csv is truncated or damaged: no passed in line 21"):
+        collect(results)
+
+
+def test_unfinished_runs_are_listed_and_ignored(make, one_run):
+    other = make.run(one_run.parents[1], "LoRA r=5")
+    (other / "metrics.json").unlink()
+    (other / "items.csv").write_text("half")
+    data = collect(one_run.parents[1])
+    assert data.unfinished == (other.name,)
+    assert list(data.runs["run_id"]) == [one_run.name]
+
+
+def test_two_runs_that_no_table_could_tell_apart(make, one_run):
+    one_run.rename(one_run.parent / "first")
+    make.run(one_run.parents[1], "DiaBlo N=64")
+    with pytest.raises(ResultsError, match="are all DiaBlo N=64 on word_problems with seed 0"):
+        collect(one_run.parents[1])
+
+
+def test_two_models_are_not_compared(make, one_run):
+    other = make.run(one_run.parents[1], "LoRA r=5")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model": "another"}))
+    with pytest.raises(ResultsError, match="used different models"):
+        collect(one_run.parents[1])
+
+
+def test_rows_fit_the_schema(rows):
+    assert tuple(rows.columns) == COLUMNS
+    assert set(rows["scale"]) == {"small"}
+    assert set(rows["suite"]) == {"theory", "finetune", "bench"}
+    exact = rows[(rows["metric"] == "exact_match") & (rows["method"] == "diablo")]
+    assert len(exact) == 4
+    assert (exact["ci_low"] < exact["value"]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "guessed"}, r"Row 0: source is 'guessed'; allowed: one of published, reproduced"),
+        ({"scale": "tiny"}, r"Row 0: scale is 'tiny'; allowed: one of full, small"),
+        ({"trainable_pct": 101.0}, r"Row 0: trainable_pct is .*101.*; allowed: a percentage from 0 to 100"),
+        ({"metric": "exact_match", "value": -1.0}, r"Row 0: value is .*-1.*; allowed: a percentage"),
+        ({"value": "many"}, r"Row 0: value is 'many'; allowed: a number"),
+        ({"value": float("nan")}, r"Row 0: value is .*nan.*; allowed: a number"),
+        ({"metric": ""}, r"Row 0: metric is ''"),
+        ({"schema_version": 7}, r"Row 0: schema_version is .*7.*; allowed: 1"),
+        ({"methd": "x"}, r"Unknown column 'methd' .* Did you mean 'method'\?"),
+    ],
+)
+def test_bad_rows_are_named(rows, change, message):
+    with pytest.raises(ResultsError, match=message):
+        validate_rows(rows.assign(**change))
+
+
+def test_missing_and_repeated(rows):
+    with pytest.raises(ResultsError, match=r"lack the column\(s\) seed, note"):
+        validate_rows(rows.drop(columns=["seed", "note"]))
+    with pytest.raises(ResultsError, match=r"repeats an earlier one \(source='reproduced'"):
+        validate_rows(pd.concat([rows, rows.tail(1)], ignore_index=True))
+
+
+def test_reporting_loads_no_torch():
+    code = (
+        "import sys, diablo_theory.reporting.report, diablo_theory.reporting.plots\n"
+        "ours = {f'diablo_theory.{name}' for name in ('theory', 'finetune', 'tuner')}\n"
+        "sys.exit(', '.join(({'torch', 'transformers', 'peft'} | ours) & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,91 @@
+import pandas as pd
+import pytest
+
+from diablo_theory.reporting.findings import findings
+from diablo_theory.reporting.results import collect
+from diablo_theory.reporting.tables import build, interval, markdown, readable, write_tables
+
+
+@pytest.fixture(scope="module")
+def tables(full_results):
+    return build(collect(full_results))
+
+
+def test_a_line_per_check_and_method(tables):
+    assert list(tables.verdicts["passed"]) == [5, 5, 5, 5]
+    assert list(tables.results["label"])[:4] == ["Untouched model", "Full fine-tuning", "DiaBlo N=64", "LoRA r=5"]
+    claim, control = tables.verdicts.iloc[0], tables.verdicts.iloc[1]
+    assert claim["worst_claim_margin"] == pytest.approx(9e-9 / 5)  # the smallest
+    assert control["worst_claim_margin"] == pytest.approx(-0.3)  # the closest to holding
+
+
+def test_scores_are_means_over_seeds(tables, full_results):
+    data = collect(full_results)
+    mine = data.items[(data.items["task"] == "word_problems") & (data.items["label"] == "LoRA r=5")]
+    row = tables.results[(tables.results["task"] == "word_problems") & (tables.results["label"] == "LoRA r=5")].iloc[0]
+    assert row["exact_match"] == pytest.approx(100 * mine["exact"].mean())
+    assert (row["seeds"], row["n"], row["peak_mib"]) == (2, 60, 1440)
+
+
+def test_differences_cover_the_three_pairs(tables):
+    pairs = tables.differences[["first", "second"]].drop_duplicates().to_numpy().tolist()
+    assert pairs == [
+        ["DiaBlo N=64", "LoRA r=5"],
+        ["DiaBlo N=64", "Full fine-tuning"],
+        ["LoRA r=5", "Full fine-tuning"],
+    ]
+    assert set(tables.differences["metric"]) == {"exact_match", "loss_per_token"}
+
+
+def test_a_difference_that_is_not_seen_is_said_so(tables, full_results):
+    unseen = tables.differences[~tables.differences["seen"]]
+    assert len(unseen)
+    words = readable(tables)["differences"]
+    assert (words["Reading"] == "no difference seen").sum() == len(unseen)
+    text = " ".join(f.text for f in findings(collect(full_results), tables))
+    assert text.count("no difference seen") == len(unseen)
+
+
+def test_methods_without_a_common_seed_are_not_compared(make, tmp_path):
+    make.manifest(tmp_path)
+    make.run(tmp_path, "DiaBlo N=64", seed=0)
+    make.run(tmp_path, "LoRA r=5", seed=1)
+    assert build(collect(tmp_path)).differences.empty
+
+
+def test_findings_are_computed(tables, full_results):
+    found = findings(collect(full_results), tables)
+    text = {topic: " ".join(f.text for f in found if f.topic == topic) for topic in {f.topic for f in found}}
+    assert "All 20 verdicts of 2 checks" in text["Theory"]
+    assert "before training" in text["Word problems"]
+    assert "not comparable to the paper" in text["Scale"]
+    assert "of 49 points" in text["Map"]
+    assert not any(f.alarm for f in found)
+
+
+def test_failures_and_unfinished_runs_raise_the_alarm(make, results):
+    path = results / "theory" / "verdicts.csv"
+    verdicts = pd.read_csv(path)
+    verdicts.loc[0, "passed"] = False
+    verdicts.to_csv(path, index=False)
+    (results / "runs" / "half").mkdir()
+    make.manifest(results, finished=None)
+    data = collect(results)
+    alarms = [f.text for f in findings(data, build(data)) if f.alarm]
+    assert any("1 of 20 verdicts did not come out as predicted: L1 (claim: 1 of 5)" in text for text in alarms)
+    assert any("half" in text for text in alarms)
+    assert any("has not finished" in text for text in alarms)
+
+
+def test_written_tables(tables, tmp_path):
+    written = write_tables(tables, tmp_path)
+    assert len(written) == 10
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "differences.csv"), tables.differences)
+    assert (tmp_path / "results.md").read_text().startswith("| Task ")
+
+
+def test_words():
+    assert interval(-0.5, -1, 0.25, unit=" points", sign=True) == "−0.5 points (−1.0 to +0.2)"
+    assert interval(float("nan"), 0, 0) == "—"
+    assert interval(1, float("nan"), float("nan"), 2) == "1.00"
+    assert "a\\|b" in markdown(pd.DataFrame({"x": ["a|b"]}))

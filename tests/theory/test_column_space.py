@@ -1,0 +1,121 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diablo_theory.blocks import BlockLayout
+from diablo_theory.errors import NonFiniteError
+from diablo_theory.theory.column_space import (
+    column_space,
+    decide_rank,
+    group_svd,
+    tensor_times_power,
+    times_power,
+    unit_scale,
+    written_groups,
+)
+from diablo_theory.theory.problems import gaussian, low_rank_inputs, seeded
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.data())
+def test_basis_times_coordinates_is_the_input(rows, cols, data):
+    rank = data.draw(st.integers(0, min(rows, cols)))
+    X = low_rank_inputs(rows, cols, rank, seeded(rows * 100 + cols))
+    space = column_space(X)
+    assert space.rank == rank == np.linalg.matrix_rank(X.numpy(), rtol=1e-10)
+    back = tensor_times_power(space.basis @ space.coordinates, space.exponent)
+    torch.testing.assert_close(back, X, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(space.basis.T @ space.basis, torch.eye(rank).double(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("power", [-1000, -500, 0, 500, 1000])
+def test_scaling_by_a_power_of_two_changes_the_exponent_only(power):
+    X = low_rank_inputs(9, 7, 4, seeded(0))
+    plain, scaled = column_space(X), column_space(tensor_times_power(X, power))
+    assert scaled.exponent - plain.exponent == power
+    assert torch.equal(scaled.basis, plain.basis)
+    assert torch.equal(scaled.coordinates, plain.coordinates)
+    assert scaled.decision == plain.decision
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-310, 1e-150, 1.0, 3.0, 1e150, 1.7e308])
+def test_unit_scale_is_exact_at_every_magnitude(value):
+    scaled, exponent = unit_scale(torch.tensor([[value, -value / 2]], dtype=torch.float64))
+    assert 1 <= float(scaled[0, 0]) < 2
+    assert math.ldexp(float(scaled[0, 0]), exponent) == value
+
+
+def test_unit_scale_leaves_zeros_and_empty_matrices():
+    assert unit_scale(torch.zeros(2, 2))[1] == 0
+    assert unit_scale(torch.zeros(0, 2))[0].shape == (0, 2)
+
+
+def test_powers_that_float64_cannot_hold_saturate():
+    assert times_power(-1.5, 2000) == -math.inf
+    assert times_power(1.5, -2000) == 0.0
+    assert times_power(0.0, 2000) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rank", "margin"),
+    [
+        ([1.0, 1e-3], 2, 7.0),
+        ([1.0, 1e-9, 1e-11], 2, 1.0),
+        ([1.0, 1e-9, 1e-10], 2, 0.0),
+        ([1.0, 1e-14], 1, 4.0),
+        ([1.0, 0.0], 1, 6.0),
+    ],
+)
+def test_rank_margin_is_the_decades_to_the_nearest_singular_value(sigma, rank, margin):
+    decision = decide_rank(torch.tensor(sigma, dtype=torch.float64), cutoff=1e-10, noise=1e-16)
+    assert decision.rank == rank
+    assert decision.margin == pytest.approx(margin, abs=1e-9)
+
+
+def test_rtol_moves_the_decision():
+    X = torch.diag(torch.tensor([1.0, 1e-6, 1e-9], dtype=torch.float64))
+    assert [column_space(X, rtol).rank for rtol in (None, 1e-7, 1e-5)] == [3, 2, 1]
+
+
+def test_float32_inputs_are_judged_by_float32_rounding():
+    X = low_rank_inputs(30, 20, 5, seeded(1))
+    assert column_space(X.float()).rank == 5
+    assert column_space(X.float().double()).rank > 5
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_groups_never_outrank_the_whole(rows, cols, data):
+    layout = BlockLayout(cols, 5, data.draw(st.integers(1, max(cols, 5))))
+    X = gaussian(rows, cols, seeded(rows + 20 * cols)) * 10.0 ** torch.linspace(0, -16, cols, dtype=torch.float64)
+    space = column_space(X)
+    for i in range(layout.count):
+        group = space.group(layout, i)
+        U, sigma, Vh = group_svd(group, space.cutoff)
+        assert len(sigma) <= space.rank
+        assert torch.all(sigma > space.cutoff)
+        assert float((U @ (sigma[:, None] * Vh) - group).abs().max() if group.numel() else 0) <= 2 * space.cutoff
+
+
+def test_written_groups_leave_out_those_without_outputs():
+    assert written_groups(BlockLayout(20, 3, 5)) == [0, 1, 2]
+    assert written_groups(BlockLayout(2, 5, 5)) == [0, 1, 2, 3, 4]
+
+
+def test_no_rows_means_rank_zero():
+    assert column_space(torch.zeros(0, 3)).rank == 0
+    assert column_space(torch.zeros(0, 3)).basis.shape == (0, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_inputs_are_refused(value):
+    with pytest.raises(NonFiniteError, match="X holds a NaN or an infinity"):
+        column_space(torch.tensor([[1.0, value]]))
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1.0, -1e-3, 1e-17])
+def test_rtol_out_of_range_is_named(rtol):
+    with pytest.raises(ValueError, match=r"rtol must be at least eps = 2\.22e-16 of torch\.float64 and below 1"):
+        column_space(torch.eye(2).double(), rtol)

@@ -1,0 +1,128 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory.problems import gaussian, low_rank_inputs, seeded
+from diablo_theory.theory.stationarity import amplifiers, certificate, rank_premise
+
+
+@st.composite
+def layers(draw):
+    m1, m2, b = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(1, 16))
+    layout = BlockLayout(m1, m2, draw(st.integers(1, max(m1, m2))))
+    generator = seeded(draw(st.integers(0, 10**6)))
+    X = low_rank_inputs(b, m1, draw(st.integers(0, min(b, m1))), generator)
+    return X, gaussian(b, m2, generator), layout
+
+
+def oracle(X, g, layout):
+    """S3 by numpy's pinv, block by block."""
+    X, g = X.numpy(), g.numpy()
+    blocks, leak, amplification = 0.0, 0.0, 0.0
+    for i in range(layout.count):
+        X_i, g_i = X[:, layout.rows(i)], g[:, layout.cols(i)]
+        if g_i.shape[1] == 0:
+            continue
+        pinv = np.linalg.pinv(X_i, rcond=1e-11) if X_i.size else np.zeros((0, len(X)))
+        if X_i.size:
+            amplification = max(amplification, np.linalg.norm(pinv @ X, 2))
+        blocks += np.linalg.norm(X_i.T @ g_i) ** 2
+        leak += np.linalg.norm((X - X_i @ (pinv @ X)).T @ g_i) ** 2
+    return np.linalg.norm(X.T @ g), math.sqrt(blocks), amplification, math.sqrt(leak)
+
+
+@given(layers())
+def test_certificate_equals_the_dense_oracle_and_bounds(layer):
+    X, g, layout = layer
+    found = certificate(X, g, layout)
+    full, blocks, amplification, leak = oracle(X, g, layout)
+    scale = float(X.norm() * g.norm()) + 1.0
+    assert found.grad_full == pytest.approx(full, rel=1e-10, abs=1e-12 * scale)
+    assert found.grad_blocks == pytest.approx(blocks, rel=1e-10, abs=1e-12 * scale)
+    assert found.leak == pytest.approx(leak, rel=1e-8, abs=1e-9 * scale)
+    assert found.amplification == pytest.approx(amplification, rel=1e-6)
+    assert found.grad_full <= found.bound * (1 + 1e-12) + 1e-12 * scale
+
+
+@given(layers())
+def test_premise_counts_ranks_and_its_margin_carries_the_sign(layer):
+    X, _, layout = layer
+    premise = rank_premise(X, layout)
+    ranks = [
+        int(np.linalg.matrix_rank(X[:, layout.rows(i)].numpy(), tol=1e-10)) if X[:, layout.rows(i)].numel() else 0
+        for i in range(layout.count)
+        if layout.cols(i).stop > layout.cols(i).start
+    ]
+    assert premise.block_ranks == tuple(ranks)
+    assert premise.holds == all(rank == premise.rank for rank in ranks)
+    assert (premise.margin > 0) == premise.holds
+
+
+@given(layers())
+def test_amplifiers_rebuild_the_input_where_the_premise_holds(layer):
+    X, _, layout = layer
+    if not rank_premise(X, layout).holds:
+        X = X[:, :1].expand(-1, layout.in_features) * torch.linspace(1, 2, layout.in_features, dtype=torch.float64)
+    assume(rank_premise(X, layout).holds)  # a group without inputs: no input can meet the premise
+    written = [i for i in range(layout.count) if layout.cols(i).stop > layout.cols(i).start]
+    for i, C in zip(written, amplifiers(X, layout), strict=True):
+        rebuilt = X[:, layout.rows(i)] @ C
+        torch.testing.assert_close(rebuilt, X, rtol=1e-8, atol=1e-8)
+
+
+def test_a_stationary_block_gradient_leaks_only_outside_the_premise():
+    generator = seeded(0)
+    layout = BlockLayout(12, 9, 3)
+    for rank, leaks in ((4, False), (6, True)):
+        X, g = low_rank_inputs(20, 12, rank, generator), gaussian(20, 9, generator)
+        for i in range(3):
+            Q, _ = torch.linalg.qr(X[:, layout.rows(i)])
+            g[:, layout.cols(i)] -= Q @ (Q.T @ g[:, layout.cols(i)])
+        found = certificate(X, g, layout)
+        assert found.grad_blocks < 1e-12
+        assert (found.grad_full > 1) is leaks
+        assert (found.leak > 1) is leaks
+
+
+@pytest.mark.parametrize("power", [-400, 400])
+def test_the_certificate_scales_exactly(power):
+    layout, generator = BlockLayout(13, 7, 4), seeded(3)
+    X, g = low_rank_inputs(20, 13, 5, generator), gaussian(20, 7, generator)
+    plain = certificate(X, g, layout)
+    scaled = certificate(X * 2.0**power, g * 2.0**power, layout)
+    assert scaled.amplification == plain.amplification
+    for name in ("grad_full", "grad_blocks", "leak"):
+        assert getattr(scaled, name) == math.ldexp(getattr(plain, name), 2 * power)
+
+
+@pytest.mark.parametrize(("weak", "holds"), [(1e-3, True), (1e-11, True), (1e-13, False)])
+def test_the_premise_margin_is_in_decades(weak, holds):
+    generator = seeded(4)
+    Z, _ = torch.linalg.qr(gaussian(20, 2, generator))
+    X = torch.cat([Z @ torch.diag(torch.tensor([1.0, weak], dtype=torch.float64)), Z], dim=1)
+    premise = rank_premise(X, BlockLayout(4, 4, 2))
+    assert premise.holds is holds
+    cutoff = 4096 * 2.0**-52 * float(torch.linalg.matrix_norm(X, 2))
+    assert premise.margin == pytest.approx(math.log10(weak / cutoff), abs=1e-3)
+
+
+def test_rank_zero_meets_the_premise():
+    premise = rank_premise(torch.zeros(5, 6).double(), BlockLayout(6, 4, 2))
+    assert (premise.rank, premise.block_ranks, premise.holds) == (0, (0, 0), True)
+    assert premise.margin == pytest.approx(math.log10(4096))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    layout, X = BlockLayout(6, 4, 2), torch.zeros(5, 6).double()
+    for call in (lambda x: rank_premise(x, layout), lambda x: amplifiers(x, layout)):
+        with pytest.raises(ValueError, match="X must have 6 columns, got 5"):
+            call(X[:, :5])
+    with pytest.raises(ValueError, match="X must have 6 columns, got 4"):
+        certificate(X[:, :4], torch.zeros(5, 4).double(), layout)
+    with pytest.raises(ValueError, match="g must have 4 columns, got 3"):
+        certificate(X, torch.zeros(5, 3).double(), layout)
