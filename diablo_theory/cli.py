@@ -55,7 +55,7 @@ def reproduce(
         bool, typer.Option("--quick", help="At most 3 minutes: 20 training steps, 200 problems.")
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Hours: three seeds, more steps, and a second task (docstring to body).")
+        bool, typer.Option("--full", help="Overnight: learning-rate search, three seeds, a second task (docstrings).")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Results folder (default: results/PROFILE).")] = None,
 ) -> None:
@@ -151,7 +151,7 @@ def tune(
     task: Annotated[str, typer.Argument(help="word_problems or docstrings.")],
     overrides: Overrides = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "full,lora,diablo",
-    grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard seven.")] = "",
+    grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard six.")] = "",
     out: Out = Path("results/tune"),
 ) -> None:
     """Choose learning rates: every method over the same grid, by loss on validation problems.
@@ -221,15 +221,15 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("stopped. Run the same command again: it goes on from the last finished piece.", INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught the Ctrl-C
+            _fail("stopped. Run the same command again: it goes on from the last finished piece.", INTERRUPTED)
+        raise
     except DiabloTheoryError as error:
         _fail(str(error), 1)
     except OSError as error:
-        _fail(
-            f"{error.strerror or error}: {error.filename or ''} Nothing that was whole is lost; mend it and run again.",
-            1,
-        )
+        what = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+        _fail(f"{what}. Nothing that was whole is lost: mend it and run the same command again.", 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,6 +45,9 @@ class Prepared:
 def nearest_lora_rank(layers: Sequence[nn.Linear], budget: int) -> int:
     """The LoRA rank, one for all layers, whose parameter count is nearest to a budget (the smaller on a tie).
 
+    DEVIATION(lora-budget): the paper compares configurations whose rounded percentages are near; here DiaBlo's count
+    decides, and both counts are printed.
+
     Args:
         layers: The adapted layers; rank r costs r (m1 + m2) on each.
         budget: Trainable parameters to come close to.
@@ -58,6 +62,10 @@ def nearest_lora_rank(layers: Sequence[nn.Linear], budget: int) -> int:
 
 def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: Sequence[str], seed: int) -> Prepared:
     """Make exactly the parameters of one method trainable, in place.
+
+    DEVIATION(full-targets): full fine-tuning trains the same matrices that the adapters touch, so that the methods
+    differ in how they change a matrix and in nothing else.
+    DEVIATION(no-dropout): the authors' scripts drop 5% of the adapter's input; here no method has dropout.
 
     Args:
         model: A freshly loaded model.
@@ -88,7 +96,9 @@ def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: S
             target_modules=list(target_modules),
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft 0.21 asks transformers 5 for a property by its old name.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             torch.manual_seed(seed)
             model = peft.get_peft_model(model, config)
         label = f"LoRA r={rank}"

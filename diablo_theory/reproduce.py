@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from diablo_theory.reporting.report import write_report
 from diablo_theory.reporting.results import SCHEMA_VERSION
 from diablo_theory.theory.checks import run_checks
 from diablo_theory.theory.sweeps import gap_map
+from diablo_theory.tune import GRID, tune
 
 
 class Profile(BaseModel):
@@ -38,6 +40,7 @@ class Profile(BaseModel):
     methods: tuple[Method, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     bench_rounds: int = Field(ge=1)
+    tune: bool
     set: dict[str, Any]
 
 
@@ -58,17 +61,29 @@ def load_profile(name: str) -> Profile:
         raise ConfigError(f"{path}, {name}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
-def planned_runs(profile: Profile, overrides: dict[str, Any]) -> dict[str, RunConfig]:
-    """Run name to configuration, in order; every method of a task and seed differs in its run file alone."""
+#: (task, method) -> learning rate
+Rates = dict[tuple[str, str], float]
+
+
+def planned_runs(profile: Profile, overrides: dict[str, Any], rates: Rates | None = None) -> dict[str, RunConfig]:
+    """Run name to configuration, in order; the methods of a task and seed differ in their run files alone.
+
+    Args:
+        profile: What to run.
+        overrides: Keys of a run, over the profile's.
+        rates: Learning rates that a search has chosen; the run files' own where it has none.
+
+    Raises:
+        ConfigError: If a key or value is not allowed.
+    """
     planned: dict[str, RunConfig] = {}
-    for task in profile.tasks:
-        for seed in profile.seeds:
-            for method in profile.methods:
-                differences = read_yaml(experiments_folder() / task / f"{method}.yaml")
-                config = resolve(differences, profile.set, overrides, {"seed": seed})
-                # The untouched model has no seed: one run stands for all.
-                if method != "none" or seed == profile.seeds[0]:
-                    planned[f"{task}-{method}-seed{seed}"] = config
+    for task, seed, method in itertools.product(profile.tasks, profile.seeds, profile.methods):
+        differences = read_yaml(experiments_folder() / task / f"{method}.yaml")
+        chosen = {"learning_rate": rates[task, method]} if rates and (task, method) in rates else {}
+        # The untouched model has no seed: one run stands for all.
+        if method != "none" or seed == profile.seeds[0]:
+            config = resolve(differences, profile.set, overrides, {"seed": seed} | chosen)
+            planned[f"{task}-{method}-seed{seed}"] = config
     return planned
 
 
@@ -87,6 +102,7 @@ class Reproduction:
     def __init__(self, out: Path, name: str, overrides: dict[str, Any]) -> None:
         self.out = out
         self.profile = load_profile(name)
+        self.overrides = overrides
         self.planned = planned_runs(self.profile, overrides)
         self.failures: list[str] = []
         self._manifest_path = out / "manifest.json"
@@ -168,6 +184,8 @@ class Reproduction:
 
     def _run(self, board: Board) -> Path:
         self._theory(board)
+        if self.profile.tune:
+            self.planned = planned_runs(self.profile, self.overrides, self._tuned(board))
         for name, config in self.planned.items():
             self._one_run(name, config, board)
         self._bench(board)
@@ -187,6 +205,17 @@ class Reproduction:
             cells = gap_map()
             write_with(map_file, lambda path: cells.to_csv(path, index=False))
         return None
+
+    def _tuned(self, board: Board) -> Rates:
+        trained = [method for method in self.profile.methods if method != "none"]
+        settings = self.profile.set | self.overrides
+        rates: Rates = {}
+        for task in self.profile.tasks:
+            with self._timed(f"learning rates, {task}", board):
+                table = tune(task, trained, GRID, settings, self.out, board)
+            ours = table[(table["task"] == task) & table["chosen"]]
+            rates |= {(task, row["method"]): float(row["learning_rate"]) for _, row in ours.iterrows()}
+        return rates
 
     def _one_run(self, name: str, config: RunConfig, board: Board) -> None:
         folder = self.out / "runs" / name
@@ -222,8 +251,12 @@ class Reproduction:
         """Rough seconds a stage on two CPU cores, for the first estimate; the board corrects them as it goes."""
         expected = {"theory": 1.5 * self.profile.trials}
         for name, config in self.planned.items():
-            step = {"none": 0.0, "full": 1.25}.get(config.method, 1.0) * config.batch_size / 16
+            step = {"none": 0.0, "full": 1.8}.get(config.method, 1.5) * config.batch_size / 16
             expected[name] = 3.0 + config.steps * step + 0.08 * config.eval_items
+        if self.profile.tune:
+            for task in self.profile.tasks:
+                once = sum(expected[f"{task}-{method}-seed{self.profile.seeds[0]}"] for method in self.profile.methods)
+                expected[f"learning rates, {task}"] = once * len(GRID)
         return expected | {"cost": 4.0 * (self.profile.bench_rounds + bench.WARMUP_ROUNDS), "report": 10.0}
 
 

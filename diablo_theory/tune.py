@@ -17,7 +17,7 @@ from diablo_theory.progress import Board
 from diablo_theory.reporting.intervals import score
 
 #: A factor of about three between neighbours, wide enough that no method's best is at an edge.
-GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def tune(
@@ -36,8 +36,8 @@ def tune(
         board: Shows progress.
 
     Returns:
-        A row a run: task, method, label, learning_rate, seed, steps, n, valid_loss (nats per answer token) with its 95%
-        interval, exact (share of validation problems), chosen.
+        A row a run: task, method, label, learning_rate, seed, steps, n, valid_loss (nats per answer token) with its
+        95% interval, exact (share of validation problems), chosen.
     """
     rows = [
         _row(task, method, rate, overrides, out / "tuning" / f"{task}-{method}-{rate:g}", board)

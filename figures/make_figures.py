@@ -1,4 +1,4 @@
-"""Draw every figure again from saved results: nothing is trained or solved here."""
+"""Draw every figure again from saved results, and renew README's tables: nothing is trained or solved here."""
 
 from __future__ import annotations
 
@@ -6,17 +6,37 @@ import argparse
 import sys
 from pathlib import Path
 
-from diablo_theory.errors import DiabloTheoryError
+from diablo_theory.errors import DiabloTheoryError, ResultsError
+from diablo_theory.files import write_text
 from diablo_theory.reporting.plots import save_figures
 from diablo_theory.reporting.results import collect
-from diablo_theory.reporting.tables import build
+from diablo_theory.reporting.tables import Tables, build, markdown, readable
 
 HERE = Path(__file__).resolve().parent
 SAVED = HERE.parent / "paper_results" / "reproduced"
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- generated: ", "<!-- end of generated -->"
+IN_README = ("results", "differences", "costs")
+
+
+def with_tables(readme: str, tables: Tables) -> str:
+    """README's text with the tables between its two markers renewed.
+
+    Raises:
+        ResultsError: If a marker is missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    first_line, newline, body = rest.partition("\n")
+    _, end, after = body.partition(END)
+    if not (begin and newline and end):
+        raise ResultsError(f"README.md lacks the lines that begin with {BEGIN!r} and {END!r}")
+    words = readable(tables)
+    written = "\n".join(markdown(words[name]) for name in IN_README if name in words)
+    return f"{before}{begin}{first_line}\n\n{written}\n{end}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the saved results, write the figures, and say what was written and what was skipped."""
+    """Read the saved results, write the figures and README's tables, and say what was written and what skipped."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: python figures/make_figures.py --results results --out /tmp/figures",
@@ -31,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         data = collect(options.results)
-        written, skipped = save_figures(data, build(data), options.out)
+        tables = build(data)
+        written, skipped = save_figures(data, tables, options.out)
+        if options.results == SAVED:
+            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables))
+            written.append(README)
     except DiabloTheoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

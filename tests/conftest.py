@@ -1,4 +1,67 @@
+"""What all tests share: one fixed hypothesis profile, and a language model small enough to train in a second."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("ci")
+
+
+class SilentBoard:
+    """Progress that is counted, not shown."""
+
+    def __init__(self):
+        self.pieces = []
+
+    @contextmanager
+    def stage(self, name):
+        yield
+
+    def skip(self, name):
+        self.pieces.append((name, "skipped"))
+
+    @contextmanager
+    def piece(self, text, total):
+        units = []
+        yield units.append
+        self.pieces.append((text, total, sum(units)))
+
+
+@pytest.fixture
+def board():
+    return SilentBoard()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A folder with a random two-layer Llama and a byte-level tokenizer, made without a network."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.3,  # at the usual 0.02 the logits are too small for a frozen output matrix to learn from
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -72,14 +72,17 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """``["steps=5", "learning_rate=1e-3"]`` as a mapping, values read as YAML.
 
     Raises:
-        ConfigError: If a pair has no ``=``.
+        ConfigError: If a pair has no ``=`` or its value is not YAML.
     """
     overrides: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"an override must read key=value, got {pair!r}")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {value!r} is not a YAML value") from None
     return overrides
 
 

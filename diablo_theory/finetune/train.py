@@ -111,7 +111,8 @@ def train(
         advance: Told the number of steps finished, those of an earlier attempt included.
 
     Returns:
-        The log, a row a step: step, loss, grad_norm, learning_rate, seconds and a grad_norm/GROUP column a group.
+        The log, a row a step: step, loss, learning_rate, grad_norm (all before clipping), a grad_norm/GROUP column a
+        group, seconds.
 
     Raises:
         NonFiniteError: If a loss or gradient is not finite; the last good parameters are kept.
@@ -131,8 +132,9 @@ def train(
     trainer.remove_callback(PrinterCallback)  # a line a step; the progress bar and the log file say it better
     resume = last_whole_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    log = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
-    return log[["step", *log.columns.drop(["step", "epoch"])]]
+    norms = [f"grad_norm/{group}" for group in GRADIENT_GROUPS[config.method]]
+    columns = ["step", "loss", "learning_rate", "grad_norm", *norms, "seconds"]
+    return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry], columns=columns)
 
 
 def _arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:

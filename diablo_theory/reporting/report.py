@@ -197,7 +197,7 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
 
 
 def verdict_table(verdicts: pd.DataFrame) -> Table:
-    """Verdicts as ``diablo_theory.theory.checks.run_checks`` returns them, a line a check and role, for the terminal."""
+    """Verdicts as ``diablo-theory verify --csv`` writes them, a line a check and role, for the terminal."""
     data = ResultsData(path=Path(), manifest={}, verdicts=verdicts)
     return _terminal_table(readable(build(data))["verdicts"], "Theory")
 

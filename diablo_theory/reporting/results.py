@@ -56,7 +56,7 @@ class ResultsData:
     manifest: dict[str, Any]
     verdicts: pd.DataFrame = field(default_factory=pd.DataFrame)
     gap_map: pd.DataFrame = field(default_factory=pd.DataFrame)
-    runs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    runs: pd.DataFrame = field(default_factory=lambda: _runs_table([]))
     logs: dict[str, pd.DataFrame] = field(default_factory=dict)
     items: pd.DataFrame = field(default_factory=pd.DataFrame)
     step_times: pd.DataFrame = field(default_factory=pd.DataFrame)

