@@ -151,7 +151,7 @@ def tune(
     task: Annotated[str, typer.Argument(help="word_problems or docstrings.")],
     overrides: Overrides = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "full,lora,diablo",
-    grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard six.")] = "",
+    grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard seven.")] = "",
     out: Out = Path("results/tune"),
 ) -> None:
     """Choose learning rates: every method over the same grid, by loss on validation problems.

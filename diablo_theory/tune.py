@@ -17,7 +17,7 @@ from diablo_theory.progress import Board
 from diablo_theory.reporting.intervals import score
 
 #: A factor of about three between neighbours, wide enough that no method's best is at an edge.
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def tune(

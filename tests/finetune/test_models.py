@@ -64,6 +64,14 @@ def test_an_interrupted_conversion_leaves_no_half_written_model(cache, monkeypat
     assert list(cache.iterdir()) == []
 
 
+def test_the_first_time_is_announced(cache):
+    assert models.loading(NAME).startswith("fetch SmolLM2-135M-Instruct (93 MB)")
+    (cache / NAME).mkdir(parents=True)
+    (cache / NAME / "source.json").write_text("{}")
+    assert models.loading(NAME) == "load SmolLM2-135M-Instruct"
+    assert models.loading("org/name") == "load org/name"
+
+
 def test_damaged_cache_is_refused(cache):
     folder = cache / NAME
     folder.mkdir(parents=True)

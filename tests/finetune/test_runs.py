@@ -68,7 +68,7 @@ def test_a_run_learns_and_leaves_a_whole_record(config, tmp_path, board, method,
     assert len(items) == written["n_test"] == 9
     assert metrics["trainable_params"] == sum(value.numel() for value in weights.values())
     assert not (folder / "checkpoints").exists()
-    assert [piece[2] for piece in board.pieces] == [30, 9]
+    assert [piece[1:] for piece in board.pieces] == [(1, 1), (30, 30), (9, 9)]  # load, train, evaluate
 
 
 def test_lora_a_has_no_gradient_at_first(config, tmp_path, board):
