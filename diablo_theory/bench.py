@@ -31,6 +31,7 @@ class _Contender:
         self.label = prepared.label
         self._model = prepared.model.train()
         self._batch = batch
+        self._device = batch["input_ids"].device
         parameters = [p for p in prepared.model.parameters() if p.requires_grad]
         # A rate of zero keeps every round the same work on the same numbers.
         self._optimizer = torch.optim.AdamW(parameters, lr=0.0)
@@ -41,10 +42,10 @@ class _Contender:
         self._optimizer.zero_grad()
 
     def seconds(self) -> float:
-        _synchronize()
+        _synchronize(self._device)
         started = time.perf_counter()
         self.step()
-        _synchronize()
+        _synchronize(self._device)
         return time.perf_counter() - started
 
     def static_bytes(self) -> int:
@@ -95,7 +96,7 @@ def compare(
         {
             "method": contender.label,
             "static_mib": contender.static_bytes() / MIB,
-            "step_peak_mib": peak_bytes(contender.step) / MIB,
+            "step_peak_mib": peak_bytes(contender.step, device) / MIB,
         }
         for contender in running
     ]
@@ -106,18 +107,18 @@ def _prepare(model: nn.Module, method: methods.Method, config: RunConfig) -> met
     return methods.prepare(copy.deepcopy(model), method, config.num_blocks, config.target_modules, config.seed)
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors that ``work`` holds at once, beyond what was allocated before it began.
 
     From the CUDA allocator's own counter on a GPU; on a CPU from the allocations that torch's profiler records.
     """
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        _synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        _synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise writes its own start and stop to stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
@@ -129,6 +130,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(changes, initial=0))
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -78,10 +78,10 @@ def reproduce(
     out = out or Path("results") / profile
     reproduction = Reproduction(out, profile, parse_overrides(overrides or []))
     page = reproduction.run(lambda expected: Board(console, expected))
-    _show(out, page)
+    passed = _show(out, page)
     for failure in reproduction.failures:
         console.print(f"[bold red]failed:[/bold red] {failure}", highlight=False)
-    if reproduction.failures or not _verdicts_pass(out):
+    if reproduction.failures or not passed:
         raise typer.Exit(1)
 
 
@@ -152,11 +152,12 @@ def tune(
     overrides: Overrides = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "full,lora,diablo",
     grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard seven.")] = "",
-    out: Out = Path("results/tune"),
+    out: Out = Path("results/default"),
 ) -> None:
     """Choose learning rates: every method over the same grid, by loss on validation problems.
 
-    Writes learning_rates.csv and keeps every run. Stopped and started again, finished runs are not done again.
+    Writes learning_rates.csv, which the report of that folder then shows, and keeps every run. Stopped and started
+    again, finished runs are not done again.
 
     Example: `diablo-theory tune word_problems --methods diablo --grid 3e-3,1e-2,3e-2 steps=40`
     """
@@ -192,24 +193,20 @@ def report(out: Out = Path("results/default")) -> None:
 
     with console.status("drawing figures"):
         page = write_report(out)
-    _show(out, page)
-    if not _verdicts_pass(out):
+    if not _show(out, page):
         raise typer.Exit(1)
 
 
-def _show(out: Path, page: Path) -> None:
+def _show(out: Path, page: Path) -> bool:
+    """Print the summary; whether every verdict passed."""
     from diablo_theory.reporting.report import summary
     from diablo_theory.reporting.results import collect
 
+    data = collect(out)
     console.print()
-    console.print(summary(collect(out)))
+    console.print(summary(data))
     console.print(f"\nReport: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
-
-
-def _verdicts_pass(out: Path) -> bool:
-    from diablo_theory.reporting.results import collect
-
-    return bool(collect(out).verdicts["passed"].all())
+    return data.verdicts.empty or bool(data.verdicts["passed"].all())
 
 
 def main() -> None:

@@ -11,6 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+#: How the names of files and folders begin that are not whole yet.
+PARTIAL = ".partial-"
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder. The caller holds the lock of that folder."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
 
 def fsync(path: Path) -> None:
     """Flush one file or directory to the disk, so that a power cut cannot undo a rename that follows."""
@@ -33,7 +45,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         removed and whatever stood at ``path`` before is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     aside = Path(name)
     try:
@@ -57,7 +69,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         The folder to fill. If the caller fails, it is removed with its content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
     try:
         yield aside
         aside.chmod(0o777 & ~_umask())

@@ -17,10 +17,9 @@ from diablo_theory import __version__
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "pandas", "safetensors", "gguf")
 
 
-def provenance() -> dict[str, Any]:
-    """Everything that a reader needs to judge or repeat a result, ready for JSON."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Everything that a reader needs to judge or repeat a result on ``device``, ready for JSON."""
     commit = _git("rev-parse", "HEAD")
-    gpu = torch.cuda.is_available()
     return {
         "package_version": __version__,
         "python": platform.python_version(),
@@ -29,7 +28,7 @@ def provenance() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "commit": commit,
         "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -15,9 +15,9 @@ from typing import Any
 import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory import bench
+from diablo_theory import __version__, bench
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
-from diablo_theory.files import write_json, write_with
+from diablo_theory.files import sweep, write_json, write_with
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_yaml, resolve
 from diablo_theory.methods import Method
@@ -25,9 +25,10 @@ from diablo_theory.progress import Board
 from diablo_theory.provenance import peak_rss_gib, provenance
 from diablo_theory.reporting.report import write_report
 from diablo_theory.reporting.results import SCHEMA_VERSION
-from diablo_theory.theory.checks import run_checks
-from diablo_theory.theory.sweeps import gap_map
+from diablo_theory.theory.checks import CHECKS, run_checks
+from diablo_theory.theory.sweeps import RANKS, gap_map
 from diablo_theory.tune import GRID, tune
+from diablo_theory.tuner import add_diablo
 
 
 class Profile(BaseModel):
@@ -87,6 +88,10 @@ def planned_runs(profile: Profile, overrides: dict[str, Any], rates: Rates | Non
     return planned
 
 
+#: Keys of a run that the plan itself sets: an override would make runs say what they are not.
+PLANNED = ("task", "method", "seed", "scale")
+
+
 class Reproduction:
     """A results folder being filled.
 
@@ -95,74 +100,26 @@ class Reproduction:
         name: The profile.
         overrides: Keys of a run that the command line sets for all runs.
 
+    Attributes:
+        failures: A line for each run that diverged, after :meth:`run`.
+
     Raises:
-        ResultsError: If the folder was begun by another version or with other settings.
+        ConfigError: If an override is not allowed.
     """
 
     def __init__(self, out: Path, name: str, overrides: dict[str, Any]) -> None:
         self.out = out
+        self.name = name
         self.profile = load_profile(name)
+        taken = [*PLANNED, *(["learning_rate"] if self.profile.tune else [])]
+        if owned := [key for key in overrides if key in taken]:
+            raise ConfigError(
+                f"{owned[0]} cannot be set here: profile {name!r} decides it. Use `diablo-theory train`."
+            )
         self.overrides = overrides
         self.planned = planned_runs(self.profile, overrides)
         self.failures: list[str] = []
-        self._manifest_path = out / "manifest.json"
-        settings = {"profile": self.profile.model_dump(mode="json"), "overrides": overrides}
-        here = provenance()
-        if self._manifest_path.is_file():
-            self.manifest = self._checked_manifest(settings, here)
-        else:
-            first = next(iter(self.planned.values()))
-            self.manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "profile": name,
-                "scale": first.scale,
-                "settings": settings,
-                **here,
-                "commits": [here["commit"]],
-                "started": _now(),
-                "finished": None,
-                "seconds": 0.0,
-                "peak_rss_gib": None,
-                "model": {"name": first.model, "source": None, "sha256": None},
-                "stages": {},
-            }
-            self._save()
-
-    def _checked_manifest(self, settings: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-        advice = f"Choose another --out, or move {self.out} away; it was left as it is."
-        try:
-            manifest: dict[str, Any] = json.loads(self._manifest_path.read_text(encoding="utf-8"))
-            found = manifest["schema_version"], manifest["package_version"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ResultsError(f"{self._manifest_path} is damaged ({error}). {advice}") from error
-        if found != (SCHEMA_VERSION, here["package_version"]):
-            raise ResultsError(
-                f"{self.out} was begun by version {found[1]} (results schema {found[0]}), this is version "
-                f"{here['package_version']} (schema {SCHEMA_VERSION}). {advice}"
-            )
-        if manifest["settings"] != json.loads(json.dumps(settings)):
-            raise ResultsError(f"{self.out} was begun with other settings ({manifest['profile']}). {advice}")
-        if here["commit"] not in manifest["commits"]:
-            manifest["commits"].append(here["commit"])
-        manifest["dirty"] = manifest["dirty"] or here["dirty"]
-        return manifest
-
-    def _save(self) -> None:
-        write_json(self._manifest_path, self.manifest)
-
-    @contextmanager
-    def _timed(self, name: str, board: Board) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            with board.stage(name):
-                yield
-        finally:  # time spent counts even when the stage was interrupted
-            seconds = time.monotonic() - started
-            stages = self.manifest["stages"]
-            stages[name] = round(stages.get(name, 0.0) + seconds, 1)
-            self.manifest["seconds"] = round(sum(stages.values()), 1)
-            self.manifest["peak_rss_gib"] = max(self.manifest["peak_rss_gib"] or 0.0, peak_rss_gib() or 0.0) or None
-            self._save()
+        self.manifest: dict[str, Any] = {}
 
     def run(self, board_of: Callable[[dict[str, float]], Board]) -> Path:
         """Do everything that is not done yet; returns the HTML report.
@@ -171,11 +128,15 @@ class Reproduction:
             board_of: Makes the progress board from the seconds that each stage is expected to take.
 
         Raises:
-            ResultsError: If another process is at work in the same folder.
+            ResultsError: If the folder was begun by another version or with other settings (it is left as it is), or
+                another process is at work in it.
             ModelUnavailableError: If the pretrained model is not to be had.
+            ConfigError: If a method does not fit the model.
         """
+        self.out.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.out / ".lock", timeout=0):
+                sweep(self.out)
                 return self._run(board_of(self._expected()))
         except filelock.Timeout:
             raise ResultsError(
@@ -183,6 +144,12 @@ class Reproduction:
             ) from None
 
     def _run(self, board: Board) -> Path:
+        manifest = self._read_manifest()
+        started = time.monotonic()
+        found = self._check_model(board)
+        self.manifest = manifest or self._new_manifest()
+        self.manifest["model"] = found
+        self._spent("model", time.monotonic() - started)
         self._theory(board)
         if self.profile.tune:
             self.planned = planned_runs(self.profile, self.overrides, self._tuned(board))
@@ -192,17 +159,97 @@ class Reproduction:
         if self.manifest["finished"] is None and not self.failures:
             self.manifest["finished"] = _now()
             self._save()
-        with self._timed("report", board):
-            return write_report(self.out)
+        with self._timed("report", board), board.piece("draw figures, write tables and the report", 1) as advance:
+            page = write_report(self.out)
+            advance(1)
+        return page
+
+    def _check_model(self, board: Board) -> dict[str, Any]:
+        """Get the model and try the adapters on it before anything is begun: a typo should cost seconds."""
+        config = next(iter(self.planned.values()))
+        with board.stage("model"), board.piece(models.loading(config.model), 1) as advance:
+            loaded = models.load_model(config.model, config.device)
+            advance(1)
+        try:
+            add_diablo(loaded.model, config.num_blocks, config.target_modules)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        return {"name": config.model, "source": loaded.source, "sha256": loaded.sha256}
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {"profile": self.profile.model_dump(mode="json"), "overrides": self.overrides}
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
+
+    def _new_manifest(self) -> dict[str, Any]:
+        config = next(iter(self.planned.values()))
+        here = provenance(models.pick_device(config.device))
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "profile": self.name,
+            "scale": config.scale,
+            "settings": self._settings(),
+            **here,
+            "commits": [here["commit"]],
+            "started": _now(),
+            "finished": None,
+            "seconds": 0.0,
+            "peak_rss_gib": None,
+            "stages": {},
+        }
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        path = self.out / "manifest.json"
+        if not path.is_file():
+            return None
+        advice = f"Choose another --out, or move {self.out} away; it was left as it is."
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = manifest["schema_version"], manifest["package_version"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ResultsError(f"{path} is damaged ({error}). {advice}") from error
+        if found != (SCHEMA_VERSION, __version__):
+            raise ResultsError(
+                f"{self.out} was begun by version {found[1]} (results schema {found[0]}), this is version "
+                f"{__version__} (schema {SCHEMA_VERSION}). {advice}"
+            )
+        if manifest["settings"] != self._settings():
+            raise ResultsError(f"{self.out} was begun with other settings ({manifest['profile']}). {advice}")
+        here = provenance(models.pick_device(next(iter(self.planned.values())).device))
+        if here["commit"] not in manifest["commits"]:
+            manifest["commits"].append(here["commit"])
+        manifest["dirty"] = manifest["dirty"] or here["dirty"]
+        return manifest
+
+    def _save(self) -> None:
+        write_json(self.out / "manifest.json", self.manifest)
+
+    @contextmanager
+    def _timed(self, name: str, board: Board) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            with board.stage(name):
+                yield
+        finally:  # time spent counts even when the stage was interrupted
+            self._spent(name, time.monotonic() - started)
+
+    def _spent(self, name: str, seconds: float) -> None:
+        stages = self.manifest["stages"]
+        stages[name] = round(stages.get(name, 0.0) + seconds, 1)
+        self.manifest["seconds"] = round(sum(stages.values()), 1)
+        self.manifest["peak_rss_gib"] = max(self.manifest["peak_rss_gib"] or 0.0, peak_rss_gib() or 0.0) or None
+        self._save()
 
     def _theory(self, board: Board) -> None:
         verdicts_file, map_file = self.out / "theory" / "verdicts.csv", self.out / "theory" / "map.csv"
         if map_file.is_file() and verdicts_file.is_file():
             return board.skip("theory")
         with self._timed("theory", board):
-            verdicts = run_checks(trials=self.profile.trials)
+            with board.piece("checks and their controls", len(CHECKS) * self.profile.trials) as advance:
+                verdicts = run_checks(trials=self.profile.trials, progress=lambda text: advance(1))
             write_with(verdicts_file, lambda path: verdicts.to_csv(path, index=False))
-            cells = gap_map()
+            with board.piece("map of the gaps", len(RANKS)) as advance:
+                cells = gap_map(progress=lambda text: advance(1))
             write_with(map_file, lambda path: cells.to_csv(path, index=False))
         return None
 
@@ -220,17 +267,14 @@ class Reproduction:
     def _one_run(self, name: str, config: RunConfig, board: Board) -> None:
         folder = self.out / "runs" / name
         if runs.finished(folder):
-            runs.claim(folder, config)
-            return board.skip(name)
+            runs.check_owner(folder, config)
+            board.skip(name)
+            return
         try:
             with self._timed(name, board):
-                metrics = runs.execute(config, folder, board)
+                runs.execute(config, folder, board)
         except NonFiniteError as error:  # one method's divergence says nothing about the others
             self.failures.append(f"{name}: {error}")
-            return None
-        self.manifest["model"] |= {"source": metrics["model_source"], "sha256": metrics["model_sha256"]}
-        self._save()
-        return None
 
     def _bench(self, board: Board) -> None:
         times_file, memory_file = self.out / "bench" / "step_times.csv", self.out / "bench" / "memory.csv"
@@ -249,7 +293,7 @@ class Reproduction:
 
     def _expected(self) -> dict[str, float]:
         """Rough seconds a stage on two CPU cores, for the first estimate; the board corrects them as it goes."""
-        expected = {"theory": 1.5 * self.profile.trials}
+        expected = {"model": 5.0, "theory": 1.5 * self.profile.trials}
         for name, config in self.planned.items():
             step = {"none": 0.0, "full": 1.8}.get(config.method, 1.5) * config.batch_size / 16
             expected[name] = 3.0 + config.steps * step + 0.08 * config.eval_items

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from diablo_theory.errors import NonFiniteError
+from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.files import write_with
 from diablo_theory.finetune import runs
 from diablo_theory.finetune.config import experiments_folder, read_yaml, resolve
@@ -38,14 +39,24 @@ def tune(
     Returns:
         A row a run: task, method, label, learning_rate, seed, steps, n, valid_loss (nats per answer token) with its
         95% interval, exact (share of validation problems), chosen.
+
+    Raises:
+        ConfigError: If an override is one of the keys that the search sets.
+        NonFiniteError: If a method diverges at every rate.
     """
+    if owned := [key for key in overrides if key in ("task", "method", "learning_rate", "eval_split", "scale")]:
+        raise ConfigError(f"{owned[0]} cannot be set here: the search decides it")
     rows = [
         _row(task, method, rate, overrides, out / "tuning" / f"{task}-{method}-{rate:g}", board)
         for method in methods
         for rate in sorted(grid)
     ]
     table = pd.DataFrame(rows)
-    table["chosen"] = table.groupby("method")["valid_loss"].transform("min") == table["valid_loss"]
+    best = table.loc[table.groupby("method")["valid_loss"].idxmin()]
+    hopeless = best.loc[best["valid_loss"] == float("inf"), "label"]
+    if len(hopeless):
+        raise NonFiniteError(f"{hopeless.iloc[0]} on {task} diverges at every learning rate of the grid")
+    table["chosen"] = table.index.isin(best.index)
     file = out / "learning_rates.csv"
     if file.is_file():  # other tasks and methods keep their rows
         before = pd.read_csv(file)
@@ -66,15 +77,9 @@ def _row(
         try:
             metrics = runs.execute(config, folder, board)
         except NonFiniteError:
-            worst = float("inf")
-            return row | {
-                "label": method,
-                "n": 0,
-                "valid_loss": worst,
-                "loss_low": worst,
-                "loss_high": worst,
-                "exact": 0.0,
-            }
+            label = json.loads((folder / "failed.json").read_text(encoding="utf-8"))["label"]
+            infinite = dict.fromkeys(("valid_loss", "loss_low", "loss_high"), float("inf"))
+            return row | {"label": label, "n": 0, "exact": 0.0} | infinite
     items = pd.read_csv(folder / "items.csv").assign(seed=config.seed)
     loss = score(items, "loss_per_token")
     return row | {

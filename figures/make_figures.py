@@ -47,8 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=SAVED,
         help="folder that `diablo-theory reproduce` wrote (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=HERE, help="where PDF and PNG files go (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"where PDF and PNG files go (default for the saved results: {HERE})")
     options = parser.parse_args(arguments)
+    if options.out is None and options.results != SAVED:
+        parser.error("--results needs --out: the figures beside this script are those of the saved results")
+    options.out = options.out or HERE
     try:
         data = collect(options.results)
         tables = build(data)

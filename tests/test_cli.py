@@ -47,6 +47,8 @@ def test_help_teaches_with_an_example(shell, command):
         (["tune", "wordproblems"], "Did you mean 'word_problems'?"),
         (["tune", "word_problems", "--methods", "dora"], "unknown method 'dora'. Did you mean 'lora'?"),
         (["tune", "word_problems", "--grid", "1e-3;2"], "--grid must be comma-separated numbers"),
+        (["reproduce", "--quick", "seed=3"], "seed cannot be set here"),
+        (["tune", "word_problems", "task=docstrings"], "task cannot be set here: the search decides it"),
         (["report", "--out", "nowhere"], "nowhere holds no manifest.json"),
     ],
 )
@@ -91,15 +93,34 @@ def test_train_then_train_again(shell, tmp_path, tiny_model):
     assert "belongs to a run with seed=0, not 5" in err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_blocks=5000", "num_blocks must be at most 36 for a 36 x 36 matrix, got 5000"),
+        ("target_modules=[q_porj]", "Did you mean 'q_proj'?"),
+        ("target_modules=[mlp]", "not a torch.nn.Linear"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_message_and_does_not_claim_the_folder(
+    shell, tmp_path, tiny_model, override, message
+):
+    (tmp_path / "mine.yaml").write_text("method: diablo\n")
+    status, _, err = shell("train", "mine.yaml", f"model={tiny_model}", *RUN, override)
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert shell("train", "mine.yaml", f"model={tiny_model}", *RUN)[0] == 0
+
+
 def test_tune_chooses_the_lowest_validation_loss_and_keeps_other_rows(shell, tmp_path, tiny_model):
     common = [f"model={tiny_model}", *RUN, "--grid", "1e-4,1e-2"]
     assert shell("tune", "word_problems", "--methods", "lora", *common)[0] == 0
     assert shell("tune", "word_problems", "--methods", "diablo", *common)[0] == 0
-    rows = pd.read_csv(tmp_path / "results/tune/learning_rates.csv")
+    rows = pd.read_csv(tmp_path / "results/default/learning_rates.csv")
     assert len(rows) == 4
     for _, group in rows.groupby("method"):
         assert group.loc[group["chosen"], "valid_loss"].tolist() == [group["valid_loss"].min()]
-    config = json.loads((tmp_path / "results/tune/tuning/word_problems-lora-0.01/config.json").read_text())
+    config = json.loads((tmp_path / "results/default/tuning/word_problems-lora-0.01/config.json").read_text())
     assert config["eval_split"] == "validation"
 
 
@@ -121,7 +142,8 @@ def test_a_full_disk_is_one_message_and_loses_nothing(shell, monkeypatch, tmp_pa
 
     (tmp_path / "mine.yaml").write_text("method: diablo\n")
     assert shell("train", "mine.yaml", f"model={tiny_model}", *RUN)[0] == 0
-    before = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+    first = tmp_path / "results"
+    before = sorted((file, file.read_bytes()) for file in first.rglob("*") if file.is_file())
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -131,7 +153,8 @@ def test_a_full_disk_is_one_message_and_loses_nothing(shell, monkeypatch, tmp_pa
     assert status == 1
     assert "No space left on device" in err
     assert "Traceback" not in err
-    assert before == sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+    assert before == sorted((file, file.read_bytes()) for file in first.rglob("*") if file.is_file())
+    assert not [file for file in (tmp_path / "other").iterdir() if file.name != ".lock"]
 
 
 def test_module_entry_point():

@@ -21,13 +21,19 @@ def test_writes_what_it_can_and_says_why_not_the_rest(main, tmp_path, capsys):
     assert main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert f"wrote {tmp_path / 'out' / 'cost.pdf'}" in said
-    assert "skipped learning_rates: no learning-rate search saved; `diablo-theory tune` produces it" in said
+    assert "skipped learning_rates: no learning-rate search saved in this folder; `diablo-theory tune" in said
     assert (tmp_path / "out" / "cost.png").exists()
 
 
 def test_no_results_is_a_plain_message(main, tmp_path, capsys):
-    assert main(["--results", str(tmp_path)]) == 1
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_other_results_do_not_overwrite_the_figures_of_the_saved_ones(main, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--results", str(tmp_path)])
+    assert "--results needs --out" in capsys.readouterr().err
 
 
 def test_help_teaches(main, capsys):

@@ -111,5 +111,10 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
 
 
 def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run that a file of differences describes, with command-line overrides on top."""
+    """The run that a file of differences describes, with command-line overrides on top.
+
+    A path such as ``experiments/word_problems/lora.yaml`` also finds the file that an installed package carries.
+    """
+    if not path.is_file() and (packaged := experiments_folder().parent / path).is_file():
+        path = packaged
     return resolve(read_yaml(path), parse_overrides(overrides))

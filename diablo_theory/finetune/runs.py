@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import filelock
 import pandas as pd
 import transformers
 from safetensors.torch import load_file
 
 from diablo_theory import methods
-from diablo_theory.errors import ResultsError
-from diablo_theory.files import write_json, write_with
+from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError
+from diablo_theory.files import sweep, write_json, write_with
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import encode
 from diablo_theory.finetune.evaluate import evaluate
 from diablo_theory.finetune.models import LoadedModel, load_model, loading
 from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.finetune.train import WEIGHTS, save_trainable, train
+from diablo_theory.provenance import provenance
 
 
 class Board(Protocol):
@@ -38,24 +41,18 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def claim(folder: Path, config: RunConfig) -> None:
-    """Make a folder this run's own.
-
-    Raises:
-        ResultsError: If it belongs to a run with another configuration; nothing in it is touched.
-    """
+def check_owner(folder: Path, config: RunConfig) -> None:
+    """Raise ResultsError if a folder belongs to a run with another configuration."""
     path = folder / "config.json"
-    wanted = config.model_dump(mode="json")
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if different := sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)):
-            key = different[0]
-            raise ResultsError(
-                f"{folder} belongs to a run with {key}={there.get(key)!r}, not {wanted.get(key)!r}: "
-                "choose another folder, or move that one away"
-            )
-    else:
-        write_json(path, wanted)
+    if not path.is_file():
+        return
+    wanted, there = config.model_dump(mode="json"), json.loads(path.read_text(encoding="utf-8"))
+    if different := sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)):
+        key = different[0]
+        raise ResultsError(
+            f"{folder} belongs to a run with {key}={there.get(key)!r}, not {wanted.get(key)!r}: "
+            "choose another folder, or move that one away"
+        )
 
 
 def execute(
@@ -71,22 +68,45 @@ def execute(
         load: Gives the model; called only if there is something left to do.
 
     Returns:
-        The metrics: run_id, task, method, label, model and its source, seed, counts, scores.
+        The metrics: run_id, task, method, label, model and its source, seed, counts, scores, provenance.
 
     Raises:
-        ResultsError: If the folder belongs to another run.
-        NonFiniteError: If training diverges.
+        ResultsError: If the folder belongs to another run, or another process is at work in it.
+        ConfigError: If the method does not fit the model (num_blocks, target_modules).
+        NonFiniteError: If training diverges, or did so in an earlier attempt.
         ModelUnavailableError: If the model is not to be had.
     """
-    claim(folder, config)
-    if done := finished(folder):
-        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            check_owner(folder, config)
+            sweep(folder)
+            return finished(folder) or _execute(config, folder, board, load)
+    except filelock.Timeout:
+        raise ResultsError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+
+
+def _execute(config: RunConfig, folder: Path, board: Board, load: Callable[[str, str], LoadedModel]) -> dict[str, Any]:
+    failed = folder / "failed.json"
+    if failed.is_file():
+        before = json.loads(failed.read_text(encoding="utf-8"))["error"]
+        raise NonFiniteError(f"{before} (In an earlier attempt; delete {failed} to go on from the last checkpoint.)")
     with board.piece(loading(config.model), 1) as advance:
         loaded = load(config.model, config.device)
         advance(1)
-    prepared = methods.prepare(loaded.model, config.method, config.num_blocks, config.target_modules, seed=config.seed)
-    log = None if config.method == "none" else _train(config, folder, board, loaded, prepared)
-    items = _evaluate(config, folder, board, loaded, prepared)
+    try:
+        prepared = methods.prepare(
+            loaded.model, config.method, config.num_blocks, config.target_modules, seed=config.seed
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    write_json(folder / "config.json", config.model_dump(mode="json"))  # only a run that can start owns the folder
+    try:
+        log = None if config.method == "none" else _train(config, folder, board, loaded, prepared)
+        items = _evaluate(config, folder, board, loaded, prepared)
+    except NonFiniteError as error:
+        write_json(failed, {"label": prepared.label, "error": str(error)})
+        raise
     metrics = {
         "run_id": folder.name,
         "task": config.task,
@@ -104,10 +124,13 @@ def execute(
         "final_train_loss": None if log is None else float(log["loss"].iloc[-1]),
         "n_test": len(items),
         "exact": float(items["exact"].mean()),
+        "exact_means": TASKS[config.task].exact_means,
         "loss_per_token": float(items["loss_sum"].sum() / items["tokens"].sum()),
+        "provenance": provenance(loaded.model.device),
     }
-    write_json(folder / "metrics.json", metrics)
+    # Before the metrics, so that a run that counts as finished has nothing left to clear.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    write_json(folder / "metrics.json", metrics)
     if not config.keep_weights:
         (folder / WEIGHTS).unlink(missing_ok=True)
     return metrics
@@ -139,6 +162,9 @@ def _evaluate(
     examples = task.examples(config.eval_split, config.eval_items, config.seed)
     with board.piece(f"evaluate {prepared.label}", len(examples)) as advance:
         items = evaluate(prepared.model, loaded.tokenizer, task, examples, config.eval_batch_size, advance)
+    if not (finite := items["loss_sum"].map(math.isfinite)).all():
+        item = int(items.loc[~finite, "item"].iloc[0])
+        raise NonFiniteError(f"the loss of {config.eval_split} problem {item} is not finite: the model holds NaN?")
     # All text quoted: a model may write a bare carriage return, which would otherwise end the row for a reader.
     write_with(folder / "items.csv", lambda path: items.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC))
     return items

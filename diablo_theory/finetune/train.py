@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -20,6 +22,7 @@ from diablo_theory.errors import NonFiniteError
 from diablo_theory.files import atomic_path, fsync, write_json
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import Encoded, collate
+from diablo_theory.finetune.models import pick_device
 from diablo_theory.methods import GRADIENT_GROUPS, load_trainable_state, trainable_state
 
 WEIGHTS = "trainable.safetensors"
@@ -40,14 +43,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**kwargs)
         self._groups = groups
         self._weights_on_stop = weights_on_stop
-        self._step_log: dict[str, float] = {}
+        self._norms: dict[str, float] = {}
+        self._timer = _Timer()
+        self.add_callback(self._timer)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward, then the norms of each group's gradient, before clipping."""
-        started = time.perf_counter()
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         norms = {f"grad_norm/{name}": _gradient_norm(model, part) for name, part in self._groups.items()}
-        seconds = time.perf_counter() - started
         if not all(map(math.isfinite, (loss.item(), *norms.values()))):
             save_trainable(model, self._weights_on_stop)
             step = self.state.global_step
@@ -56,12 +59,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"update. The state after step {step} is kept in {self._weights_on_stop}. "
                 "Usual causes: a learning rate that is too large, or NaN in the data or the model."
             )
-        self._step_log = {**norms, "seconds": seconds}
+        self._norms = norms
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the group norms and the step's seconds to the per-step entries."""
-        super().log({**logs, **self._step_log} if "loss" in logs else logs, start_time)
+        ours = {**self._norms, "seconds": self._timer.seconds} if "loss" in logs else {}
+        super().log({**logs, **ours}, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what training changes: the base model is the same for everybody."""
@@ -73,7 +77,23 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         load_trainable_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
 
+class _Timer(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Seconds of the last whole step: forward, backward, clipping and the optimizer's update."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = time.perf_counter() - self._started
+
+
 class _Seal(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the trained parameters are saved right after, without the optimizer
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for file in folder.iterdir():
@@ -131,7 +151,12 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # a line a step; the progress bar and the log file say it better
     resume = last_whole_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # torch's word for a full disk
+            raise OSError(errno.EIO, "a checkpoint could not be written (disk full?)", str(checkpoints)) from error
+        raise
     norms = [f"grad_norm/{group}" for group in GRADIENT_GROUPS[config.method]]
     columns = ["step", "loss", "learning_rate", "grad_norm", *norms, "seconds"]
     return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry], columns=columns)
@@ -160,14 +185,21 @@ def _arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        use_cpu=config.device == "cpu",
+        use_cpu=pick_device(config.device).type == "cpu",
     )
 
 
 def save_trainable(model: nn.Module, path: Path) -> None:
-    """The trainable parameters as safetensors, whole or not at all."""
+    """The trainable parameters as safetensors, whole or not at all.
+
+    Raises:
+        OSError: If they cannot be written, a full disk for one.
+    """
     with atomic_path(path) as aside:
-        save_file(trainable_state(model), aside)
+        try:
+            save_file(trainable_state(model), aside)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from error
 
 
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:

@@ -88,7 +88,9 @@ def _theory(verdicts: pd.DataFrame) -> list[Finding]:
 
 
 def _map(gap_map: pd.DataFrame) -> list[Finding]:
-    points = gap_map[gap_map["rank_x"] > 0] if not gap_map.empty else gap_map
+    if gap_map.empty:
+        return []
+    points = gap_map[(gap_map["rank_x"] > 0) & (gap_map["lora_rank"] > 0)]  # equal parameters need a LoRA to compare
     if points.empty:
         return []
     inside = points[points["in_theorem"].astype(bool)]
@@ -110,7 +112,8 @@ def _scores(results: pd.DataFrame, task: str) -> Finding:
     }
     before = results.loc[results["method"] == "none", "label"]
     after = [f"{label} {score}" for label, score in written.items() if label not in set(before)]
-    text = f"Exact match on {results['n'].iloc[0]} unseen problems, with 95% intervals: "
+    meaning, n = results["exact_means"].iloc[0], results["n"].iloc[0]
+    text = f"Exact match ({meaning}) on {n} unseen problems, with 95% intervals: "
     if len(before):
         text += f"{written[before.iloc[0]]} before training"
         text += "; after training, " if after else "."

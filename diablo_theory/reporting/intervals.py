@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, quantile_test
+from scipy.stats import t as student
 
 from diablo_theory.errors import ResultsError
 
@@ -44,8 +46,8 @@ class Estimate:
 
     @property
     def contains_zero(self) -> bool:
-        """Whether the interval contains zero: for a difference, "no difference seen"."""
-        return self.low <= 0.0 <= self.high
+        """Whether the interval contains zero (or is unknown): for a difference, "no difference seen"."""
+        return not (self.low > 0.0 or self.high < 0.0)
 
 
 def wilson(successes: int, n: int) -> Estimate:
@@ -68,7 +70,8 @@ def score(items: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
     """One method's score over its test problems, averaged over its training seeds.
 
     One seed and independent problems: Wilson's interval for a percentage. Otherwise the bootstrap over clusters of
-    problems and over seeds; where it has nothing to resample (all solved, or none), Wilson's over the clusters.
+    problems, with the spread between seeds added; where there is nothing to resample (all solved, or none), Wilson's
+    over the clusters.
 
     Args:
         items: Rows of one task and method: ``item, cluster, seed`` and the metric's columns.
@@ -88,18 +91,21 @@ def score(items: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
     units = int(clusters.max()) + 1
     if METRICS[metric][1] is None and seeds == 1 and units == n:
         return wilson(int(top.sum() / 100), n)
-    value = _mean_ratio(top, bottom)
+    value = float(_by_seed(top, bottom).mean())
     if METRICS[metric][1] is None and value in (0.0, 100.0):
         bound = wilson(units if value else 0, units)
         return Estimate(value, bound.low, bound.high, 0.0, n, seeds)
     (draws,) = _resample([(top, bottom)], clusters, seed)
-    return _estimate(value, draws, n, seeds)
+    found = _estimate(draws, _by_seed(top, bottom), units, n)
+    if METRICS[metric][1] is None:  # a percentage
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 100.0))
+    return found
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
     """Difference ``first - second`` of two methods' scores over the same problems and the seeds both have.
 
-    Each resample draws clusters of problems, and seeds if there are several, once for both methods.
+    Each resample draws clusters of problems once for both methods; seeds enter as :func:`_estimate` says.
 
     Args:
         first: Rows of one task and method.
@@ -123,18 +129,19 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, se
     if np.isnan(top1).any() or np.isnan(top2).any():
         return Estimate(np.nan, np.nan, np.nan, np.nan, top1.shape[1], len(shared))
     one, two = _resample([(top1, bottom1), (top2, bottom2)], clusters, seed)
-    value = _mean_ratio(top1, bottom1) - _mean_ratio(top2, bottom2)
-    return _estimate(value, one - two, top1.shape[1], len(shared))
+    by_seed = _by_seed(top1, bottom1) - _by_seed(top2, bottom2)
+    return _estimate(one - two, by_seed, int(clusters.max()) + 1, top1.shape[1])
 
 
-def time_ratio(step_times: pd.DataFrame, method: str, reference: str, seed: int = 0) -> Estimate:
-    """Median over paired rounds of ``seconds(method) / seconds(reference)``, with a bootstrap interval over rounds.
+def time_ratio(step_times: pd.DataFrame, method: str, reference: str) -> Estimate:
+    """Median over paired rounds of ``seconds(method) / seconds(reference)``.
+
+    The interval is the exact one for a median, between two of the ordered ratios; fewer than six rounds have none.
 
     Args:
         step_times: Columns ``round, method, seconds``; rounds that lack either method are left out.
         method: Label of the timed method.
         reference: Label of the method that it is compared to.
-        seed: Seed of the bootstrap.
 
     Returns:
         The ratio with its interval; NaN if no round has both.
@@ -145,14 +152,36 @@ def time_ratio(step_times: pd.DataFrame, method: str, reference: str, seed: int 
     ratios = (rounds[method] / rounds[reference]).dropna().to_numpy(dtype=float)
     if not len(ratios):
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0)
-    picks = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    return _estimate(float(np.median(ratios)), np.median(ratios[picks], axis=1), len(ratios), 1)
+    interval: Any = quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
+    return Estimate(float(np.median(ratios)), float(interval.low), float(interval.high), np.nan, len(ratios))
 
 
-def _estimate(value: float, draws: Floats, n: int, seeds: int) -> Estimate:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high), float(draws.std(ddof=1)), n, seeds)
+def _estimate(draws: Floats, by_seed: Floats, units: int, n: int) -> Estimate:
+    """The mean over seeds with its interval.
+
+    One seed: the bootstrap's quantiles. Several: the items' variance from the bootstrap plus the seeds' sampling
+    variance of their mean, with Student's quantile at Welch and Satterthwaite's degrees of freedom. (Resampling two
+    or three seeds, as the bootstrap would, covers far less than it says.)
+
+    Args:
+        draws: The mean over seeds for each resample of the items.
+        by_seed: Each seed's own value.
+        units: Clusters of items that were resampled.
+        n: Items.
+    """
+    value, seeds = float(by_seed.mean()), len(by_seed)
+    items = float(draws.var(ddof=1))
+    if seeds == 1:
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(draws, [tail, 1 - tail])
+        return Estimate(value, float(low), float(high), items**0.5, n, seeds)
+    between = float(by_seed.var(ddof=1)) / seeds
+    error = (items + between) ** 0.5
+    if error == 0:
+        return Estimate(value, value, value, 0.0, n, seeds)
+    freedom = error**4 / (between**2 / (seeds - 1) + items**2 / max(units - 1, 1))
+    half = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Estimate(value, value - half, value + half, error, n, seeds)
 
 
 def _cube(items: pd.DataFrame, metric: str) -> tuple[Floats, Floats, npt.NDArray[np.intp]]:
@@ -172,22 +201,21 @@ def _cube(items: pd.DataFrame, metric: str) -> tuple[Floats, Floats, npt.NDArray
     return top, bottom, clusters
 
 
-def _mean_ratio(top: Floats, bottom: Floats) -> float:
-    return float((top.sum(axis=1) / bottom.sum(axis=1)).mean())
+def _by_seed(top: Floats, bottom: Floats) -> Floats:
+    ratios: Floats = top.sum(axis=1) / bottom.sum(axis=1)
+    return ratios
 
 
 def _resample(sides: list[tuple[Floats, Floats]], clusters: npt.NDArray[np.intp], seed: int) -> list[Floats]:
-    """Bootstrap the mean over seeds of sum/sum: the same clusters and seeds are drawn for every side."""
+    """Bootstrap the mean over seeds of sum/sum: the same clusters are drawn for every side and seed."""
     rng = np.random.default_rng(seed)
     units = int(clusters.max()) + 1
     member = np.eye(units)[clusters]  # (items, clusters)
     counts = rng.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(float)
-    seeds = sides[0][0].shape[0]
-    picks = rng.integers(seeds, size=(RESAMPLES, seeds)) if seeds > 1 else np.zeros((RESAMPLES, 1), dtype=int)
     draws = []
     for top, bottom in sides:
         ratio = (counts @ (top @ member).T) / (counts @ (bottom @ member).T)  # (resamples, seeds)
-        draws.append(np.take_along_axis(ratio, picks, axis=1).mean(axis=1))
+        draws.append(ratio.mean(axis=1))
     return draws
 
 

@@ -22,7 +22,7 @@ from diablo_theory.reporting.style import GREY, RC, WIDTH, Look, looks, save
 from diablo_theory.reporting.tables import Tables, task_name
 
 REPRODUCE = "nothing saved for it yet; `diablo-theory reproduce` produces it"
-TUNE = "no learning-rate search saved; `diablo-theory tune` produces it"
+TUNE = "no learning-rate search saved in this folder; `diablo-theory tune TASK --out FOLDER` produces it"
 P = ParamSpec("P")
 
 

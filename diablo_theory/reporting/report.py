@@ -36,9 +36,11 @@ TABLE_NOTES = {
     "verdicts": "A claim must hold in every trial. A control breaks the premise on purpose, and its claim must fail: "
     "it passes when it does. Margins are positive where a statement holds; a claim's is in decades, log10 of the "
     "tolerance over what was measured. The worst margin is the one closest to the wrong side.",
-    "results": "In brackets: 95% intervals (Wilson for one seed and independent problems, otherwise the bootstrap).",
-    "differences": "Paired over the same problems and seeds, bootstrapped. An interval that contains zero reads "
-    "“no difference seen”.",
+    "results": "In brackets: 95% intervals (Wilson for one seed and independent problems, otherwise the bootstrap "
+    "over clusters, with the spread between seeds added). Problems of one cluster, such as the same sum in other "
+    "words, are not independent.",
+    "differences": "Paired over the same problems and seeds; intervals as above. One seed says nothing about the "
+    "spread between seeds. An interval that contains zero reads “no difference seen”.",
 }
 
 
@@ -138,6 +140,8 @@ def provenance(data: ResultsData) -> dict[str, str]:
         lines[name] = ", ".join(values) or "not recorded"
     if manifest.get("threads") is not None:
         lines["Processor"] += " thread(s)"
+    if len(commits := [str(commit) for commit in manifest.get("commits", [])]) > 1:
+        lines["Commit"] = f"begun at {commits[0]}, gone on with {', '.join(commits[1:])}"
     if manifest.get("dirty"):
         lines["Commit"] += ", with uncommitted changes"
     model = manifest.get("model", {})
@@ -166,8 +170,14 @@ def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict
         "skipped": {stem.replace("_", " "): why for stem, why in skipped.items()},
         "examples": [(task, label, rows.to_dict("records")) for (task, label), rows in groups],
         "provenance": provenance(data),
-        "rerun": " ".join(["diablo-theory reproduce", *PROFILE_OPTIONS.get(data.manifest.get("profile", ""), [])]),
+        "rerun": _rerun(data.manifest),
     }
+
+
+def _rerun(manifest: dict[str, Any]) -> str:
+    overrides = manifest.get("settings", {}).get("overrides", {})
+    options = PROFILE_OPTIONS.get(manifest.get("profile", ""), [])
+    return " ".join(["diablo-theory reproduce", *options, *(f"{key}={value}" for key, value in overrides.items())])
 
 
 def _by_topic(found: list[Finding]) -> list[tuple[str, list[Finding]]]:

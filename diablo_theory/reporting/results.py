@@ -23,10 +23,11 @@ COLUMNS = (
 )
 
 _VERDICT_COLUMNS = ["check", "statement", "role", "premise_margin", "claim_margin", "tolerance", "passed"]
-_MAP_COLUMNS = ["rank_x", "num_blocks", "diablo_gap", "lora_gap", "in_theorem"]
+_MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "in_theorem"]
 _ITEM_TEXT = ["cluster", "prompt", "answer", "completion"]
 _ITEM_COLUMNS = ["item", *_ITEM_TEXT, "exact", "lenient", "loss_sum", "tokens"]
 _RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test", "scale"]
+_RUN_KEYS += ["exact_means"]
 _RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seconds", "final_train_loss"]
 _RATE_COLUMNS = ["task", "method", "label", "learning_rate", "seed", "valid_loss", "chosen"]
 _RATE_INTERVAL = ["loss_low", "loss_high", "exact"]

@@ -39,12 +39,7 @@ class Tables:
 
 def build(data: ResultsData) -> Tables:
     """Compute every table from a results folder."""
-    costs = _costs(data)
-    results = _results(data)
-    if not results.empty and not costs.empty:
-        measured = costs.drop(columns=["method", "trainable_params", "trainable_pct"])
-        results = results.merge(measured, on="label", how="left")
-    return Tables(_verdicts(data), results, _differences(data), costs, _learning_rates(data))
+    return Tables(_verdicts(data), _results(data), _differences(data), _costs(data), _learning_rates(data))
 
 
 def task_name(task: str) -> str:
@@ -137,6 +132,7 @@ def _results(data: ResultsData) -> pd.DataFrame:
             exact = score(items, "exact_match")
             lines.append(
                 {"task": task, "label": label, "method": method, "seeds": exact.seeds, "n": exact.n}
+                | {"clusters": items["cluster"].nunique(), "exact_means": same["exact_means"].iloc[0]}
                 | _spread("exact_match", exact)
                 | _spread("lenient_match", score(items, "lenient_match"))
                 | _spread("loss_per_token", score(items, "loss_per_token"))
@@ -227,7 +223,7 @@ def _readable_results(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     table["Learning rate"] = frame["learning_rate"].map(_short)
     table["Steps"] = frame["steps"].map(lambda steps: "—" if pd.isna(steps) else f"{int(steps)}")
-    table["Problems"] = frame["n"].map(str)
+    table["Problems"] = [f"{n} ({c} clusters)" for n, c in zip(frame["n"], frame["clusters"], strict=True)]
     table["Seeds"] = frame["seeds"].map(str)
     return table
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import filelock
 import pandas as pd
 import pytest
 import torch
@@ -38,7 +39,7 @@ def config(tiny_model):
 def deterministic(folder):
     log = pd.read_csv(folder / "log.csv").drop(columns="seconds")
     metrics = json.loads((folder / "metrics.json").read_text())
-    del metrics["train_seconds"], metrics["run_id"]
+    del metrics["train_seconds"], metrics["run_id"], metrics["provenance"]
     return log, pd.read_csv(folder / "items.csv"), metrics, load_file(folder / train.WEIGHTS)
 
 
@@ -189,6 +190,12 @@ def test_nan_stops_before_the_update_and_keeps_the_last_good_state(config, tmp_p
     assert any(value.abs().max() > 0 for value in good.values())
     assert train.last_whole_checkpoint(folder / "checkpoints").name == "checkpoint-4"
     assert runs.finished(folder) is None
+    # Started again it does not train up to the same NaN once more; told to, it goes on from the checkpoint.
+    with pytest.raises(NonFiniteError, match=r"at step 6.*earlier attempt; delete .*failed.json"):
+        runs.execute(config(), folder, board)
+    monkeypatch.undo()
+    (folder / "failed.json").unlink()
+    assert runs.execute(config(), folder, board)["steps"] == 7
 
 
 def test_nan_in_the_model_stops_at_step_one(config, tmp_path, board, tiny_model):
@@ -209,6 +216,57 @@ def test_whatever_a_model_writes_is_kept_to_the_letter(config, tmp_path, board, 
     runs.execute(config(method="none"), tmp_path / "runs" / "run", board)
     (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION}))
     assert collect(tmp_path).items["completion"].tolist() == expected
+
+
+def test_nan_in_evaluation_names_the_problem_and_writes_no_scores(config, tmp_path, board, monkeypatch):
+    original = runs.evaluate
+
+    def poisoned(*arguments):
+        items = original(*arguments)
+        items.loc[3, "loss_sum"] = float("nan")
+        return items
+
+    monkeypatch.setattr(runs, "evaluate", poisoned)
+    with pytest.raises(NonFiniteError, match="loss of test problem 3 is not finite"):
+        runs.execute(config(method="none"), tmp_path / "run", board)
+    assert not (tmp_path / "run" / "items.csv").exists()
+
+
+def test_two_processes_in_one_folder_are_kept_apart(config, tmp_path, board):
+    (tmp_path / "run").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(ResultsError, match="another process is at work"),
+    ):
+        runs.execute(config(), tmp_path / "run", board)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
+@pytest.mark.parametrize("limit", [3_000, 15_000], ids=["weights", "optimizer"])
+def test_a_disk_that_fills_up_in_a_checkpoint_is_an_os_error_and_loses_nothing(config, tmp_path, board, limit):
+    """The kernel refuses to let files grow, as a full disk would, in a process of its own."""
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
+from pathlib import Path
+from conftest import SilentBoard
+from diablo_theory.finetune import runs
+from diablo_theory.finetune.config import RunConfig
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+config = RunConfig.model_validate_json({config().model_dump_json()!r})
+try:
+    runs.execute(config, Path({str(tmp_path / "run")!r}), SilentBoard())
+except OSError as error:
+    sys.exit(f"refused: {{error.strerror}}: {{error.filename}}")
+"""
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "refused: " in died.stderr, died.stderr
+    assert "could not be written" in died.stderr
+    assert list((tmp_path / "run").glob(".partial-*")) == []
+    runs.execute(config(), tmp_path / "run", board)
+    runs.execute(config(), tmp_path / "undisturbed", board)
+    assert_same_result(tmp_path / "undisturbed", tmp_path / "run")
 
 
 def test_weights_are_dropped_when_not_wanted(config, tmp_path, board):

@@ -94,7 +94,12 @@ def write_run(
     config |= {"num_blocks": 64 if method == "diablo" else None, "learning_rate": None if method == "none" else 4e-3}
     config |= {"steps": steps, "batch_size": 16, "target_modules": ["q_proj"], "profile": "quick"}
     metrics = {"run_id": run.name, "task": task, "method": method, "label": label, "seed": seed, "n_test": n}
-    metrics |= {"trainable_params": params, "trainable_pct": 100 * params / 134_515_008, "steps": steps}
+    metrics |= {
+        "trainable_params": params,
+        "exact_means": "the answer is right",
+        "trainable_pct": 100 * params / 134_515_008,
+        "steps": steps,
+    }
     trained = method != "none"
     metrics |= {"train_seconds": 100.0 if trained else 0.0, "final_train_loss": 0.03 if trained else None}
     (run / "config.json").write_text(json.dumps(config))

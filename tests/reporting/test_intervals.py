@@ -135,5 +135,31 @@ def test_time_ratio_pairs_rounds():
     assert np.isnan(intervals.time_ratio(times.drop(index=range(1, 22)), "diablo", "full").value)
 
 
+def test_too_few_rounds_have_no_interval_for_a_median():
+    times = pd.DataFrame(
+        [(r, m, s + 0.01 * r) for r in range(5) for m, s in (("full", 2.0), ("diablo", 1.0))],
+        columns=["round", "method", "seconds"],
+    )
+    found = intervals.time_ratio(times, "diablo", "full")
+    assert 0.5 <= found.value < 0.52
+    assert np.isnan([found.low, found.high]).all()
+
+
+@pytest.mark.parametrize("seed_spread", [0.0, 0.3], ids=["items alone", "seeds dominate"])
+def test_intervals_over_three_seeds_cover_what_they_say(seed_spread):
+    """Loss of a method whose expected value is 1, with and without an effect of the training seed."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        item_effect = rng.normal(0, 0.2, size=60)  # the same problems for every seed
+        seeds = [
+            frame(np.ones(60), loss=1 + item_effect + rng.normal(0, seed_spread) + rng.normal(0, 0.1, 60), seed=seed)
+            for seed in range(3)
+        ]
+        found = intervals.score(pd.concat(seeds), "loss_per_token")
+        covered += found.low <= 1 <= found.high
+    assert 0.91 <= covered / 200 <= 1.0
+
+
 def test_a_metric_that_the_task_lacks_is_nan():
     assert np.isnan(intervals.score(frame([1, 0]), "lenient_match").value)

@@ -39,7 +39,7 @@ def test_missing_inputs_skip_their_figure_and_say_what_makes_them(results, tmp_p
     assert skipped == dict.fromkeys(STEMS[:-1], REPRODUCE) | {"learning_rates": TUNE}
     assert not list(tmp_path.glob("*.png"))
     assert "`diablo-theory reproduce`" in REPRODUCE
-    assert "`diablo-theory tune`" in TUNE
+    assert "`diablo-theory tune TASK --out FOLDER`" in TUNE
 
 
 @pytest.mark.parametrize("bench", [True, False])
