@@ -1,6 +1,5 @@
 # Two commands for a newcomer: `make reproduce` and `make test`. Both make the environment first if need be.
-# A GPU needs another build of torch than the package index gives by default? Install it into .venv before, or pass
-# PIP_ARGS="--index-url URL".
+# Another build of torch than the package index gives by default: PIP_ARGS="--extra-index-url URL".
 
 PYTHON ?= python3
 VENV := .venv

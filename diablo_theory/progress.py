@@ -34,7 +34,7 @@ class Board:
     def stage(self, name: str) -> Iterator[None]:
         """A stage of the pipeline: a heading with the estimate, then its pieces."""
         left = sum(self._expected.values())
-        if self._spent > 1.0:  # very short stages say nothing about the machine's speed
+        if self._planned > 0.1 * (self._planned + left):  # a few short stages say nothing about the machine's speed
             left *= self._spent / self._planned
         note = f" [dim](about {clock(left)} left in all)[/dim]" if name in self._expected else ""
         self._console.print(f"[bold]{name}[/bold]{note}")

@@ -107,7 +107,8 @@ def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Fi
         right.set(title="Gradient norm by parameter group", ylabel="Frobenius norm", yscale="log")
         for axes in (left, right):
             axes.set_xlabel("training step")
-            _plain(axes.yaxis, (1.0,))
+        _plain(left.yaxis, (1.0, 2.0, 5.0))
+        _plain(right.yaxis, (1.0,))
         if right.get_legend_handles_labels()[1]:
             right.legend(handlelength=3.2)
     _legend(figure, panels)
@@ -291,7 +292,7 @@ def learning_rates(table: pd.DataFrame, note: str) -> Figure:
         right.set(title="Validation exact match", ylabel="%")
         for axes in (left, right):
             axes.set(xscale="log", xlabel="learning rate (ring: chosen)")
-            _plain(axes.xaxis, (1.0, 2.0, 5.0))
+            _plain(axes.xaxis, (1.0,))
         _plain(left.yaxis, (1.0, 2.0, 5.0))
     _legend(figure, panels)
     figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)

@@ -91,10 +91,13 @@ def summary(data: ResultsData) -> RenderableType:
     words = readable(tables)
     parts: list[RenderableType] = []
     if "verdicts" in words:
-        parts.append(_terminal_table(words["verdicts"][["Check", "Role", "Passed"]], "Theory"))
+        counts = tables.verdicts.groupby(["check", "role"], sort=False)[["passed", "total"]].sum().reset_index()
+        counts["As predicted"] = counts["passed"].astype(str) + " of " + counts["total"].astype(str)
+        shown = counts.rename(columns={"check": "Check", "role": "Role"})[["Check", "Role", "As predicted"]]
+        parts.append(_terminal_table(shown, "Theory"))
     if "results" in words:
-        shown = ["Task", "Method", "Exact match, %", "Held-out loss, nats/token", "Trainable parameters"]
-        parts.append(_terminal_table(words["results"][shown], scale_note(data)))
+        columns = ["Task", "Method", "Exact match, %", "Held-out loss, nats/token", "Trainable parameters"]
+        parts.append(_terminal_table(words["results"][columns], scale_note(data)))
     for finding in findings(data, tables):
         parts.append(Text(_ascii(f"* {finding.topic}: {finding.text}"), style="bold red" if finding.alarm else ""))
     return Group(*parts)
@@ -209,7 +212,8 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
 def verdict_table(verdicts: pd.DataFrame) -> Table:
     """Verdicts as ``diablo-theory verify --csv`` writes them, a line a check and role, for the terminal."""
     data = ResultsData(path=Path(), manifest={}, verdicts=verdicts)
-    return _terminal_table(readable(build(data))["verdicts"], "Theory")
+    columns = ["Check", "Role", "Statement", "Passed", "Worst claim margin, decades"]
+    return _terminal_table(readable(build(data))["verdicts"][columns], "Theory")
 
 
 def learning_rate_table(rates: pd.DataFrame) -> Table:

@@ -14,7 +14,7 @@ from diablo_theory.theory.column_space import ColumnSpace, column_space, group_s
 from diablo_theory.theory.optima import lora_rank_at_budget
 from diablo_theory.theory.problems import gaussian, low_rank_inputs, seeded
 
-RANKS: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+RANKS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 # At 64 blocks of one entry the budget would not buy LoRA a single rank.
 BLOCK_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 

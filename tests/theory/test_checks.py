@@ -1,6 +1,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -227,3 +228,7 @@ def test_an_amplification_that_is_too_small_is_noticed(monkeypatch):
 def test_blocks_that_are_not_trained_are_noticed(monkeypatch):
     monkeypatch.setattr(descent, "minimise_blocks", lambda problem, **_: problem.zero_updates())
     assert not failing("S1", "claim").empty
+
+
+def test_the_same_seed_gives_the_same_table_to_the_bit():
+    pd.testing.assert_frame_equal(run_checks(trials=1), run_checks(trials=1), check_exact=True)
