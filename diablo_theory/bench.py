@@ -21,7 +21,7 @@ from diablo_theory.finetune.models import LoadedModel
 from diablo_theory.finetune.tasks import TASKS
 
 MIB = 2**20
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 1
 
 
 class _Contender:
@@ -67,7 +67,7 @@ def compare(
         loaded: The model; each method gets a copy.
         config: Gives task, batch size, num_blocks and target modules.
         contenders: Methods to compare.
-        rounds: Counted rounds, at least 1, after two that are not counted.
+        rounds: Counted rounds, at least 1, after one that is not counted.
         advance: Told the number of rounds finished, warm-up included.
 
     Returns:

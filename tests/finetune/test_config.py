@@ -26,7 +26,7 @@ def test_every_profile_plans_the_same_work_for_every_method(name):
     free = {"method", "learning_rate", "keep_weights", "seed"}
     shared = {(c.task, tuple((k, v) for k, v in c.model_dump().items() if k not in free)) for c in planned.values()}
     assert len(shared) == len({config.task for config in planned.values()})
-    assert all(config.eval_items >= 200 for config in planned.values())
+    assert all(config.eval_items >= (100 if name == "quick" else 200) for config in planned.values())
     assert all(config.eval_split == "test" for config in planned.values())
 
 
