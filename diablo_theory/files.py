@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diablo_theory.errors import ResultsError
+
 #: How the names of files and folders begin that are not whole yet.
 PARTIAL = ".partial-"
 
@@ -92,6 +94,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (indented, keys in the given order, NaN refused), whole or not at all."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        ResultsError: If it does not; the message says which file and what to do.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(
+            f"{path} is truncated or damaged ({error}). Delete it and run the same command again."
+        ) from error
+    if not isinstance(value, dict):
+        raise ResultsError(f"{path} holds a {type(value).__name__}; a JSON object is needed.")
+    return value
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:

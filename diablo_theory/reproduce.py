@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
-from diablo_theory.files import sweep, write_json, write_with
+from diablo_theory.files import read_json, sweep, write_json, write_with
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_yaml, resolve
 from diablo_theory.methods import Method
@@ -203,11 +203,8 @@ class Reproduction:
         if not path.is_file():
             return None
         advice = f"Choose another --out, or move {self.out} away; it was left as it is."
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found = manifest["schema_version"], manifest["package_version"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ResultsError(f"{path} is damaged ({error}). {advice}") from error
+        manifest = read_json(path)
+        found = manifest.get("schema_version"), manifest.get("package_version")
         if found != (SCHEMA_VERSION, __version__):
             raise ResultsError(
                 f"{self.out} was begun by version {found[1]} (results schema {found[0]}), this is version "

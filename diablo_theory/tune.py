@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory.errors import ConfigError, NonFiniteError
-from diablo_theory.files import write_with
+from diablo_theory.files import read_json, write_with
 from diablo_theory.finetune import runs
 from diablo_theory.finetune.config import experiments_folder, read_yaml, resolve
 from diablo_theory.methods import Method
@@ -77,7 +76,7 @@ def _row(
         try:
             metrics = runs.execute(config, folder, board)
         except NonFiniteError:
-            label = json.loads((folder / "failed.json").read_text(encoding="utf-8"))["label"]
+            label = read_json(folder / "failed.json")["label"]
             infinite = dict.fromkeys(("valid_loss", "loss_low", "loss_high"), float("inf"))
             return row | {"label": label, "n": 0, "exact": 0.0} | infinite
     items = pd.read_csv(folder / "items.csv").assign(seed=config.seed)

@@ -15,7 +15,7 @@ GROUND = {"blocks", "ops", "errors", "files"}
 ALLOWED = {
     "blocks": set(),
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "ops": {"blocks"},
     "tuner": {"blocks", "ops", "errors"},
     "theory": {"blocks", "ops", "errors"},

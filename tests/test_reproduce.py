@@ -141,7 +141,7 @@ def test_a_folder_with_other_settings_or_of_another_version_is_refused_untouched
         with pytest.raises(ResultsError, match=f"begun by version .*{value}.*this is version"):
             begin()
     path.write_text('{"schema_version": 1,')
-    with pytest.raises(ResultsError, match="is damaged"):
+    with pytest.raises(ResultsError, match=r"manifest.json is truncated or damaged"):
         begin()
     assert path.read_text() == '{"schema_version": 1,'
 

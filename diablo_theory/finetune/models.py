@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo_theory.errors import ChecksumError, ModelUnavailableError, nearest
-from diablo_theory.files import PARTIAL, atomic_folder, sweep, write_json
+from diablo_theory.files import PARTIAL, atomic_folder, read_json, sweep, write_json
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     sha256 = None
     if name in PACKAGED:
         folder = packaged_model(name)
-        source, sha256 = PACKAGED[name].requirement, json.loads((folder / "source.json").read_text())["sha256"]
+        source, sha256 = PACKAGED[name].requirement, read_json(folder / "source.json")["sha256"]
     elif Path(name).is_dir():
         folder, source = Path(name), "local folder"
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -151,7 +150,7 @@ def packaged_model(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / ".lock"):  # two first runs at once: the second waits and finds it done
         if record.is_file():
-            if sha256_of(folder / "model.safetensors") != json.loads(record.read_text())["sha256"]:
+            if sha256_of(folder / "model.safetensors") != read_json(record)["sha256"]:
                 raise ChecksumError(f"the cached model in {folder} is damaged: delete that folder and run again")
             return folder
         sweep(folder.parent)

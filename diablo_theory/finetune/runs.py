@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError
-from diablo_theory.files import sweep, write_json, write_with
+from diablo_theory.files import read_json, sweep, write_json, write_with
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import encode
 from diablo_theory.finetune.evaluate import evaluate
@@ -38,7 +37,7 @@ class Board(Protocol):
 def finished(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run, or None; they are written last."""
     path = folder / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def check_owner(folder: Path, config: RunConfig) -> None:
@@ -46,7 +45,7 @@ def check_owner(folder: Path, config: RunConfig) -> None:
     path = folder / "config.json"
     if not path.is_file():
         return
-    wanted, there = config.model_dump(mode="json"), json.loads(path.read_text(encoding="utf-8"))
+    wanted, there = config.model_dump(mode="json"), read_json(path)
     if different := sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)):
         key = different[0]
         raise ResultsError(
@@ -89,7 +88,7 @@ def execute(
 def _execute(config: RunConfig, folder: Path, board: Board, load: Callable[[str, str], LoadedModel]) -> dict[str, Any]:
     failed = folder / "failed.json"
     if failed.is_file():
-        before = json.loads(failed.read_text(encoding="utf-8"))["error"]
+        before = read_json(failed)["error"]
         raise NonFiniteError(f"{before} (In an earlier attempt; delete {failed} to go on from the last checkpoint.)")
     with board.piece(loading(config.model), 1) as advance:
         loaded = load(config.model, config.device)
@@ -141,7 +140,7 @@ def _train(
 ) -> pd.DataFrame:
     log_file, weights = folder / "log.csv", folder / WEIGHTS
     with board.piece(f"train {prepared.label}", config.steps) as advance:
-        if log_file.is_file():  # written after the weights: training had ended before the interruption
+        if log_file.is_file() and weights.is_file():  # training had ended before the interruption
             methods.load_trainable_state(prepared.model, load_file(weights))
             advance(config.steps)
             return pd.read_csv(log_file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.files import atomic_path, fsync, write_json
+from diablo_theory.files import atomic_path, fsync, read_json, write_json
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import Encoded, collate
 from diablo_theory.finetune.models import pick_device
@@ -205,7 +204,7 @@ def save_trainable(model: nn.Module, path: Path) -> None:
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
     whole = [seal.parent for seal in checkpoints.glob(f"checkpoint-*/{SEAL}")]
-    return max(whole, key=lambda folder: int(json.loads((folder / SEAL).read_text())["step"]), default=None)
+    return max(whole, key=lambda folder: int(read_json(folder / SEAL)["step"]), default=None)
 
 
 def _gradient_norm(model: nn.Module, part: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory.errors import ResultsError, nearest
+from diablo_theory.files import read_json
 from diablo_theory.reporting.intervals import METRICS, Estimate, score, time_ratio
 
 SCHEMA_VERSION = 1
@@ -232,7 +232,7 @@ def _read_manifest(results: Path) -> dict[str, Any]:
         raise ResultsError(
             f"{results} holds no manifest.json, so it is no results folder. `diablo-theory reproduce` makes one."
         )
-    manifest = _read_json(path)
+    manifest = read_json(path)
     found = manifest.get("schema_version")
     if found != SCHEMA_VERSION:
         raise ResultsError(
@@ -243,20 +243,11 @@ def _read_manifest(results: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ResultsError(
-            f"{path} is missing. Delete {path.parent} and run `diablo-theory reproduce` again."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(
-            f"{path} is truncated or damaged ({error}). Delete it and run `diablo-theory reproduce` again."
-        ) from error
-    if not isinstance(value, dict):
-        raise ResultsError(f"{path} holds a {type(value).__name__}; a JSON object is needed.")
-    return value
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ResultsError(f"{path} is missing. Delete {folder} and run `diablo-theory reproduce` again.")
+    return read_json(path)
 
 
 def _read_csv(path: Path, columns: list[str], filled: list[str], **options: Any) -> pd.DataFrame:
@@ -280,7 +271,7 @@ def _optional(path: Path, columns: list[str], filled: list[str] | None = None) -
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    merged = _read_json(folder / "config.json") | _read_json(folder / "metrics.json")
+    merged = _read_config(folder) | read_json(folder / "metrics.json")
     missing = [key for key in _RUN_KEYS if merged.get(key) is None]
     if missing:
         raise ResultsError(f"{folder}: config.json and metrics.json lack {', '.join(missing)}.")

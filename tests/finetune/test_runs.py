@@ -166,6 +166,17 @@ def test_a_finished_run_is_not_done_again(config, tmp_path, board):
     assert runs.execute(config(), tmp_path / "run", board, load=never) == first
 
 
+def test_a_truncated_record_is_named_and_can_be_made_again(config, tmp_path, board):
+    folder = tmp_path / "run"
+    first = runs.execute(config(keep_weights=False), folder, board)
+    (folder / "metrics.json").write_text('{"run_id":')
+    with pytest.raises(ResultsError, match=r"metrics.json is truncated or damaged .* Delete it and run"):
+        runs.execute(config(keep_weights=False), folder, board)
+    (folder / "metrics.json").unlink()
+    again = runs.execute(config(keep_weights=False), folder, board)  # the weights are gone: trained anew
+    assert again["loss_per_token"] == first["loss_per_token"]
+
+
 def test_a_folder_of_another_run_is_refused_untouched(config, tmp_path, board):
     runs.execute(config(), tmp_path / "run", board)
     before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
