@@ -106,7 +106,24 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Callable[[str,
     except NonFiniteError as error:
         write_json(failed, {"label": prepared.label, "error": str(error)})
         raise
-    metrics = {
+    metrics = _metrics(config, folder, loaded, prepared, log, items)
+    # Before the metrics, so that a run that counts as finished has nothing left to clear.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    write_json(folder / "metrics.json", metrics)
+    if not config.keep_weights:
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    return metrics
+
+
+def _metrics(
+    config: RunConfig,
+    folder: Path,
+    loaded: LoadedModel,
+    prepared: methods.Prepared,
+    log: pd.DataFrame | None,
+    items: pd.DataFrame,
+) -> dict[str, Any]:
+    return {
         "run_id": folder.name,
         "task": config.task,
         "method": config.method,
@@ -127,12 +144,6 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Callable[[str,
         "loss_per_token": float(items["loss_sum"].sum() / items["tokens"].sum()),
         "provenance": provenance(loaded.model.device),
     }
-    # Before the metrics, so that a run that counts as finished has nothing left to clear.
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    write_json(folder / "metrics.json", metrics)
-    if not config.keep_weights:
-        (folder / WEIGHTS).unlink(missing_ok=True)
-    return metrics
 
 
 def _train(
