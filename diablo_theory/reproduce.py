@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import itertools
 import json
 import time
@@ -240,7 +239,8 @@ class Reproduction:
     def _theory(self, board: Board) -> None:
         verdicts_file, map_file = self.out / "theory" / "verdicts.csv", self.out / "theory" / "map.csv"
         if map_file.is_file() and verdicts_file.is_file():
-            return board.skip("theory")
+            board.skip("theory")
+            return
         with self._timed("theory", board):
             with board.piece("checks and their controls", len(CHECKS) * self.profile.trials) as advance:
                 verdicts = run_checks(trials=self.profile.trials, progress=lambda text: advance(1))
@@ -248,7 +248,6 @@ class Reproduction:
             with board.piece("map of the gaps", len(RANKS)) as advance:
                 cells = gap_map(progress=lambda text: advance(1))
             write_with(map_file, lambda path: cells.to_csv(path, index=False))
-        return None
 
     def _tuned(self, board: Board) -> Rates:
         trained = [method for method in self.profile.methods if method != "none"]
@@ -276,7 +275,8 @@ class Reproduction:
     def _bench(self, board: Board) -> None:
         times_file, memory_file = self.out / "bench" / "step_times.csv", self.out / "bench" / "memory.csv"
         if times_file.is_file() and memory_file.is_file():
-            return board.skip("cost")
+            board.skip("cost")
+            return
         contenders = [method for method in self.profile.methods if method != "none"]
         config = next(iter(self.planned.values()))
         rounds = self.profile.bench_rounds
@@ -286,7 +286,6 @@ class Reproduction:
                 times, memory = bench.compare(loaded, config, contenders, rounds, advance)
             write_with(memory_file, lambda path: memory.to_csv(path, index=False))
             write_with(times_file, lambda path: times.to_csv(path, index=False))
-        return None
 
     def _expected(self) -> dict[str, float]:
         """Rough seconds a stage on two CPU cores, for the first estimate; the board corrects them as it goes."""
@@ -304,9 +303,3 @@ class Reproduction:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-@functools.cache
-def profile_names() -> tuple[str, ...]:
-    """The profiles of ``experiments/reproduce.yaml``."""
-    return tuple(read_yaml(experiments_folder() / "reproduce.yaml"))
