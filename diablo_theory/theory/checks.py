@@ -9,7 +9,7 @@ import pandas as pd
 
 from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.theory import convexity_checks, linear_checks, network_checks
-from diablo_theory.theory.problems import seeded
+from diablo_theory.theory.arithmetic import FLOAT64, Arithmetic, seeded
 from diablo_theory.theory.verdicts import Check, Verdict
 
 CHECKS: dict[str, Check] = {
@@ -36,6 +36,7 @@ def run_checks(
     names: Sequence[str] | None = None,
     trials: int = 5,
     seed: int = 0,
+    arithmetic: Arithmetic = FLOAT64,
     progress: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Run checks on random and boundary instances, each claim with its control.
@@ -46,6 +47,7 @@ def run_checks(
         names: Checks to run, in this order; all of them by default.
         trials: Instances of each, at least 1.
         seed: Where all draws come from.
+        arithmetic: The precision and device in which instances are given.
         progress: Called with a short text before each trial.
 
     Returns:
@@ -67,6 +69,6 @@ def run_checks(
             if progress is not None:
                 progress(f"{name}: trial {trial + 1} of {trials}")
             generator = seeded((seed * _TRIAL_STRIDE + trial) * _TRIAL_STRIDE + list(CHECKS).index(name))
-            verdicts.extend(CHECKS[name].run(generator, trial))
+            verdicts.extend(CHECKS[name].run(generator, trial, arithmetic))
     rows = [{**dataclasses.asdict(verdict), "passed": verdict.passed} for verdict in verdicts]
     return pd.DataFrame(rows, columns=list(COLUMNS))

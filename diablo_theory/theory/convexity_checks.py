@@ -12,6 +12,7 @@ from torch import Tensor
 from diablo_theory import ops
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import descent, optima, problems
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian
 from diablo_theory.theory.column_space import written_groups
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.tolerances import tolerance
@@ -73,7 +74,7 @@ def best_factors(problem: LinearProblem, rank: int) -> Float[Tensor, " p"]:
     return torch.cat([(U[:, :rank] * root).flatten(), (root[:, None] * Vh[:rank]).flatten()])
 
 
-def convexity(generator: torch.Generator, number: int) -> list[Verdict]:
+def convexity(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
     """L1: the DiaBlo problem is convex and separable and gradient descent solves it; LoRA's and long steps do not.
 
     Three statements on each size.
@@ -91,6 +92,7 @@ def convexity(generator: torch.Generator, number: int) -> list[Verdict]:
     Args:
         generator: Where the instances come from.
         number: The trial's number; it picks one of the sizes in turn.
+        arithmetic: The precision and device of the instances.
 
     Returns:
         Three claims and three controls.
@@ -101,7 +103,7 @@ def convexity(generator: torch.Generator, number: int) -> list[Verdict]:
     problem = problems.linear_problem(BlockLayout(m1, m2, n), b, rank, generator)
     trial = Trial("L1", number, describe(b, m1, m2, n, rank))
     diablo, lora = diablo_adapter(problem), lora_adapter(problem, 1)
-    ends = problems.gaussian(2, diablo.size, generator)
+    ends = gaussian(2, diablo.size, generator)
     optimum = best_factors(problem, 1)
     return [
         _midpoint(trial, "claim", problem, diablo, ends[0], ends[1]),

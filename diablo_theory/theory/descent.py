@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory import ops
-from diablo_theory.theory.problems import LinearProblem, NetworkProblem, Update, forward
+from diablo_theory.theory.networks import NetworkProblem, Update, forward
+from diablo_theory.theory.problems import LinearProblem
 
 
 def joint_loss(problem: LinearProblem, update: Update) -> Float[Tensor, ""]:

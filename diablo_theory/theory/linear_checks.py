@@ -10,6 +10,7 @@ from torch import Tensor
 from diablo_theory import ops
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import optima, problems, stationarity
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.tolerances import tolerance
 from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe
@@ -79,7 +80,7 @@ def _premise(problem: LinearProblem) -> Premise:
     return Premise(premise.holds, premise.margin)
 
 
-def sufficiency(generator: torch.Generator, number: int) -> list[Verdict]:
+def sufficiency(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
     """L2: ``rank X_i = rank X`` for every i makes DiaBlo's gap zero for every target; controls break the ranks.
 
     Premise margin: decades between sigma_r(X_i), r = rank X, and the rank cutoff, the smallest over i.
@@ -89,6 +90,7 @@ def sufficiency(generator: torch.Generator, number: int) -> list[Verdict]:
     Args:
         generator: Where the instances come from.
         number: The trial's number.
+        arithmetic: The precision and device of the instances.
 
     Returns:
         Two claims for every sufficient size, one control for every insufficient one and one for duplicated columns.
@@ -121,7 +123,7 @@ def _with_duplicates(problem: LinearProblem) -> LinearProblem:
     return dataclasses.replace(problem, X=X)
 
 
-def budget(generator: torch.Generator, number: int) -> list[Verdict]:
+def budget(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
     """L4: at ``m2 r`` parameters DiaBlo reaches the full optimum, and LoRA of that budget loses a known tail.
 
     Four statements, each with its control. Premise margins: for DiaBlo as in :func:`sufficiency` (at most -1 if the
@@ -134,6 +136,7 @@ def budget(generator: torch.Generator, number: int) -> list[Verdict]:
     Args:
         generator: Where the instances come from.
         number: The trial's number.
+        arithmetic: The precision and device of the instances.
 
     Returns:
         Four claims and four controls for each size.
@@ -186,7 +189,7 @@ def _lora_verdicts(trial: Trial, problem: LinearProblem, enough: int, generator:
 def _relative_tails(problem: LinearProblem, generator: torch.Generator) -> list[float]:
     """``sum_{j>rho} sigma_j(P_X R)^2 / ||P_X R||^2`` for rho = 0, 1, .., through a random range finder and QR."""
     rank = torch.linalg.matrix_rank(problem.X, rtol=tolerance("rank").value)
-    probe = problems.gaussian(problem.X.shape[1], int(rank), generator)
+    probe = gaussian(problem.X.shape[1], int(rank), generator)
     Q, _ = torch.linalg.qr(problem.X @ probe)
     squares = torch.linalg.svdvals(Q.T @ problem.R).square()
     tails = squares.flip(0).cumsum(0).flip(0) / squares.sum()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import descent, problems, stationarity
-from diablo_theory.theory.problems import NetworkProblem, Update
+from diablo_theory.theory import descent, networks, stationarity
+from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory.networks import NetworkProblem, Update
 from diablo_theory.theory.tolerances import tolerance
 from diablo_theory.theory.verdicts import Premise, Trial, Verdict
 
@@ -28,7 +29,7 @@ def dense_gradients(problem: NetworkProblem, updates: list[Update]) -> list[Tens
         (weight + layout.scatter(*update)).requires_grad_()
         for weight, layout, update in zip(problem.weights, problem.layouts, updates, strict=True)
     ]
-    loss = problem.loss(problems.dense_forward(problem, weights))
+    loss = problem.loss(networks.dense_forward(problem, weights))
     return list(torch.autograd.grad(loss, weights))
 
 
@@ -41,7 +42,7 @@ def _shifted(matrix: Tensor, layout: BlockLayout) -> Tensor:
     return _flat(layout.gather(matrix.roll(-layout.block_cols, dims=1)))
 
 
-def gradient(generator: torch.Generator, number: int) -> list[Verdict]:
+def gradient(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
     """G1: at a generic nonzero point the blocks' gradient is the (i, i) blocks of the dense gradient.
 
     Premise: the entries compared are the blocks' own; margin 1 where all are, minus the share that is not otherwise.
@@ -51,6 +52,7 @@ def gradient(generator: torch.Generator, number: int) -> list[Verdict]:
     Args:
         generator: Where the networks come from.
         number: The trial's number.
+        arithmetic: The precision and device of the instances.
 
     Returns:
         A claim and a control for each network.
@@ -59,7 +61,7 @@ def gradient(generator: torch.Generator, number: int) -> list[Verdict]:
     """
     verdicts = []
     for sizes, num_blocks in _NETWORKS:
-        problem = problems.network_problem(sizes, num_blocks, 16, generator)
+        problem = networks.network_problem(sizes, num_blocks, 16, generator)
         updates = problem.random_updates(generator)
         trial = Trial("G1", number, _instance(sizes, num_blocks, 16))
         own, shifted = [], []
@@ -95,7 +97,7 @@ def _position(problem: NetworkProblem, shift: bool) -> Premise:
     return Premise(wrong == 0.0, -wrong if wrong else 1.0)
 
 
-def stationary(generator: torch.Generator, number: int) -> list[Verdict]:
+def stationary(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
     """S1: where ``rank X_i = rank X`` in every layer, a stationary point of the blocks is one of all weights.
 
     L-BFGS brings the blocks near stationarity; then two statements. The bound: ``||grad W||_F <= max_i ||C_i||_2
@@ -107,6 +109,7 @@ def stationary(generator: torch.Generator, number: int) -> list[Verdict]:
     Args:
         generator: Where the networks come from.
         number: The trial's number.
+        arithmetic: The precision and device of the instances.
 
     Returns:
         Two claims for each network within the premise, two controls for the one beyond.
@@ -116,7 +119,7 @@ def stationary(generator: torch.Generator, number: int) -> list[Verdict]:
     cases = [("claim", case) for case in _WITHIN] + [("control", _BEYOND)]
     verdicts = []
     for role, (sizes, num_blocks, samples, repeats) in cases:
-        problem = problems.network_problem(sizes, num_blocks, samples, generator, repeats=repeats)
+        problem = networks.network_problem(sizes, num_blocks, samples, generator, repeats=repeats)
         trial = Trial("S1", number, _instance(sizes, num_blocks, samples * repeats))
         premise, excess, fell = _near_stationarity(problem)
         for statement, measured, quantity in (

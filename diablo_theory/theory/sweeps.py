@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory.arithmetic import gaussian, seeded
 from diablo_theory.theory.column_space import ColumnSpace, column_space, group_svd, written_groups
 from diablo_theory.theory.optima import lora_rank_at_budget
-from diablo_theory.theory.problems import gaussian, low_rank_inputs, seeded
+from diablo_theory.theory.problems import low_rank_inputs
 
 RANKS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 # At 64 blocks of one entry the budget would not buy LoRA a single rank.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.tolerances import Tolerance
 
 WIDEST = 16.0
@@ -68,12 +69,12 @@ class Check:
     Args:
         name: Its name in theory.md.
         statement: One line for help texts.
-        run: Makes the verdicts of one trial from a generator and the trial's number.
+        run: Makes the verdicts of one trial from a generator, the trial's number and the arithmetic of the instances.
     """
 
     name: str
     statement: str
-    run: Callable[[torch.Generator, int], list[Verdict]]
+    run: Callable[[torch.Generator, int, Arithmetic], list[Verdict]]
 
 
 def room(measured: float, bound: float) -> float:

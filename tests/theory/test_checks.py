@@ -9,8 +9,9 @@ from diablo_theory import ops
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import ConfigError
 from diablo_theory.theory import convexity_checks, descent, optima, stationarity
+from diablo_theory.theory.arithmetic import seeded
 from diablo_theory.theory.checks import CHECKS, COLUMNS, run_checks
-from diablo_theory.theory.problems import linear_problem, seeded
+from diablo_theory.theory.problems import linear_problem
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -53,7 +54,7 @@ def test_the_table_has_the_promised_columns():
 def test_a_check_draws_the_same_whatever_else_runs(monkeypatch):
     drawn = []
 
-    def record(generator, number):
+    def record(generator, number, arithmetic):
         drawn.append((number, generator.initial_seed()))
         return []
 

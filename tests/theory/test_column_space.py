@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
+from diablo_theory.theory.arithmetic import gaussian, seeded
 from diablo_theory.theory.column_space import (
     column_space,
     decide_rank,
@@ -17,7 +18,7 @@ from diablo_theory.theory.column_space import (
     unit_scale,
     written_groups,
 )
-from diablo_theory.theory.problems import gaussian, low_rank_inputs, seeded
+from diablo_theory.theory.problems import low_rank_inputs
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.data())

@@ -2,7 +2,9 @@ import torch
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import descent, optima
-from diablo_theory.theory.problems import linear_problem, network_problem, seeded
+from diablo_theory.theory.arithmetic import seeded
+from diablo_theory.theory.networks import network_problem
+from diablo_theory.theory.problems import linear_problem
 
 
 def test_gradient_descent_starts_at_zero_and_steps_along_the_dense_gradient():

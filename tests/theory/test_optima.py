@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import optima
+from diablo_theory.theory.arithmetic import gaussian, seeded
 from diablo_theory.theory.column_space import column_space
-from diablo_theory.theory.problems import LinearProblem, gaussian, linear_problem, low_rank_inputs, seeded
+from diablo_theory.theory.problems import LinearProblem, linear_problem, low_rank_inputs
 from diablo_theory.theory.tolerances import tolerance
 
 LOSS = tolerance("loss").value

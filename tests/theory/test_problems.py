@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.theory.problems import (
-    LinearProblem,
-    NetworkProblem,
-    dense_forward,
-    forward,
-    gaussian,
-    linear_problem,
-    low_rank_inputs,
-    network_problem,
-    seeded,
-)
+from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.networks import NetworkProblem, dense_forward, forward, network_problem
+from diablo_theory.theory.problems import LinearProblem, linear_problem, low_rank_inputs
 
 LAYOUT = BlockLayout(7, 5, 3)
 

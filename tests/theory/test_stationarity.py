@@ -7,7 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory.problems import gaussian, low_rank_inputs, seeded
+from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.problems import low_rank_inputs
 from diablo_theory.theory.stationarity import amplifiers, certificate, rank_premise
 
 

@@ -4,7 +4,8 @@ import torch
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import optima, sweeps
-from diablo_theory.theory.problems import LinearProblem, gaussian, low_rank_inputs, seeded
+from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.problems import LinearProblem, low_rank_inputs
 
 COLUMNS = [
     "rank_x",

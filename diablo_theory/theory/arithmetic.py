@@ -1,0 +1,73 @@
+"""What tensors a problem may hold: dtype and device, seeded draws, and checks that name what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diablo_theory.errors import NonFiniteError
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The precision and the device in which instances are given; closed forms work in float64 on that device.
+
+    Args:
+        dtype: float64 or float32.
+        device: Where tensors live, such as "cpu" or "cuda:0". Draws are made on the CPU, so that every device sees
+            the same numbers.
+    """
+
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def place(self, matrix: Tensor) -> Tensor:
+        """The matrix in this precision, on this device."""
+        return matrix.to(self.device, self.dtype)
+
+
+FLOAT64 = Arithmetic()
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, so that no draw depends on what else ran."""
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(rows: int, cols: int, generator: torch.Generator) -> Float[Tensor, "rows cols"]:
+    """Independent standard normal entries, shape (rows, cols), float64."""
+    return torch.randn(rows, cols, generator=generator, dtype=torch.float64)
+
+
+def require_matrix(name: str, value: Tensor) -> None:
+    """Raise unless a tensor is a float32 or float64 matrix, or a batch of such, without a NaN or an infinity.
+
+    Raises:
+        ValueError: If the dtype or the number of dimensions does not fit.
+        NonFiniteError: If it holds a NaN or an infinity.
+    """
+    if value.ndim < 2 or value.dtype not in DTYPES:
+        raise ValueError(f"{name} must be a float32 or float64 matrix, got {value.dtype} with {value.ndim} dimensions")
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(f"{name} holds a NaN or an infinity; theory problems need finite numbers")
+
+
+def require_like(name: str, value: Tensor, shape: tuple[int, int], first: Tensor) -> None:
+    """Raise unless a tensor's last two sizes are ``shape`` and its dtype and device are those of the first tensor.
+
+    Raises:
+        ValueError: If the shape, the dtype or the device does not fit.
+        NonFiniteError: If it holds a NaN or an infinity.
+    """
+    if tuple(value.shape[-2:]) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if value.dtype != first.dtype:
+        raise ValueError(f"{name} must have the dtype of the inputs, {first.dtype}, got {value.dtype}")
+    if value.device != first.device:
+        raise ValueError(f"{name} must be on the device of the inputs, {first.device}, got {value.device}")
+    require_matrix(name, value)
