@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench
@@ -25,7 +26,7 @@ from diablo_theory.provenance import peak_rss_gib, provenance
 from diablo_theory.reporting.report import write_report
 from diablo_theory.reporting.results import SCHEMA_VERSION
 from diablo_theory.theory.checks import CHECKS, run_checks
-from diablo_theory.theory.sweeps import RANKS, gap_map
+from diablo_theory.theory.maps import Grid, map_cells
 from diablo_theory.tune import GRID, tune
 from diablo_theory.tuner import add_diablo
 
@@ -245,9 +246,12 @@ class Reproduction:
             with board.piece("checks and their controls", len(CHECKS) * self.profile.trials) as advance:
                 verdicts = run_checks(trials=self.profile.trials, progress=lambda text: advance(1))
             write_with(verdicts_file, lambda path: verdicts.to_csv(path, index=False))
-            with board.piece("map of the gaps", len(RANKS)) as advance:
-                cells = gap_map(progress=lambda text: advance(1))
-            write_with(map_file, lambda path: cells.to_csv(path, index=False))
+            tasks, cells = Grid().tasks(), []
+            with board.piece("map of the gaps", len(tasks)) as advance:
+                for task in tasks:
+                    cells += map_cells(**task)
+                    advance(1)
+            write_with(map_file, lambda path: pd.DataFrame(cells).to_csv(path, index=False))
 
     def _tuned(self, board: Board) -> Rates:
         trained = [method for method in self.profile.methods if method != "none"]

@@ -1,4 +1,8 @@
-"""Column spaces of an input and of its column groups: scaled SVDs with one explicit rank decision for all."""
+"""Column spaces of an input and of its column groups: scaled SVDs with one explicit rank decision for all.
+
+Everything takes leading batch dimensions, as torch.linalg does. Matrices of one batch may differ in rank, so nothing
+is cut to its rank: what is below the cutoff is set to zero instead.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
@@ -16,16 +20,16 @@ from diablo_theory.theory.tolerances import tolerance
 
 @dataclass(frozen=True)
 class RankDecision:
-    """A numerical rank and how clear the decision was.
+    """Numerical ranks and how clear the decisions were.
 
     Args:
-        rank: Singular values above the cutoff.
+        rank: Singular values above the cutoff, shape (...).
         margin: Decades (log10) between the cutoff and the nearest singular value on either side; values below
             eps of the scale are rounding noise and count as eps. At least 0; near 0 the rank is a coin's toss.
     """
 
-    rank: int
-    margin: float
+    rank: Int[Tensor, "*batch"]
+    margin: Float[Tensor, "*batch"]
 
 
 @dataclass(frozen=True)
@@ -36,87 +40,126 @@ class ColumnSpace:
     and gaps are never negative.
 
     Args:
-        basis: U, shape (b, r), float64, orthonormal columns.
-        coordinates: Y, shape (r, m1), float64, of order one whatever the scale of X.
-        exponent: The power of two that was taken out of X, exactly.
-        decision: The rank r with its margin.
-        cutoff: Singular values of Y, and of its column groups, at or below this count as zero.
-        noise: The level below which they are rounding noise: eps of the largest one.
+        coordinates: Y, shape (..., k, m1), float64, of order one whatever the scale of X; its rows past the rank are
+            zero.
+        exponent: The power of two that was taken out of X, exactly, shape (...).
+        decision: The rank with its margin.
+        cutoff: Singular values of Y, and of its column groups, at or below this count as zero, shape (...).
+        noise: The level below which they are rounding noise, shape (...).
+        basis: U, shape (..., b, k), float64; orthonormal columns, zero past the rank. None where only sums over the
+            rows of X are known.
     """
 
-    basis: Float[Tensor, "b r"]
-    coordinates: Float[Tensor, "r m1"]
-    exponent: int
+    coordinates: Float[Tensor, "*batch k m1"]
+    exponent: Int[Tensor, "*batch"]
     decision: RankDecision
-    cutoff: float
-    noise: float
+    cutoff: Float[Tensor, "*batch"]
+    noise: Float[Tensor, "*batch"]
+    basis: Float[Tensor, "*batch b k"] | None = None
 
     @property
-    def rank(self) -> int:
-        """r, the rank of X."""
+    def rank(self) -> Int[Tensor, "*batch"]:
+        """The rank of X, shape (...)."""
         return self.decision.rank
 
-    def group(self, layout: BlockLayout, i: int) -> Float[Tensor, "r d1"]:
-        """Coordinates of ``X_i``, shape (r, rows of block i)."""
-        return self.coordinates[:, layout.rows(i)]
+    def group(self, layout: BlockLayout, i: int) -> Float[Tensor, "*batch k d1"]:
+        """Coordinates of ``X_i``, shape (..., k, rows of block i)."""
+        return self.coordinates[..., layout.rows(i)]
 
 
-def unit_scale(matrix: Float[Tensor, "n m"]) -> tuple[Float[Tensor, "n m"], int]:
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """An SVD in which singular values at or below a cutoff are zero, and so are their left vectors.
+
+    Args:
+        U: Shape (..., n, k).
+        sigma: Shape (..., k), descending.
+        Vh: Shape (..., k, m).
+    """
+
+    U: Float[Tensor, "*batch n k"]
+    sigma: Float[Tensor, "*batch k"]
+    Vh: Float[Tensor, "*batch k m"]
+
+    def outside(self, rhs: Float[Tensor, "... n c"]) -> Float[Tensor, "... n c"]:
+        """What of ``rhs`` the column space does not hold."""
+        return rhs - self.U @ (self.U.mT @ rhs)
+
+    def pinv_times(self, rhs: Float[Tensor, "... n c"]) -> Float[Tensor, "... m c"]:
+        """The pseudo-inverse times ``rhs``: the smallest least-squares solution."""
+        inverse = torch.where(self.sigma > 0, 1 / self.sigma, 0.0)
+        return self.Vh.mT @ (inverse[..., None] * (self.U.mT @ rhs))
+
+
+def truncated_svd(matrix: Float[Tensor, "*batch n m"], cutoff: Float[Tensor, "*batch"]) -> TruncatedSVD:
+    """The SVD without the singular values at or below an absolute cutoff.
+
+    Args:
+        matrix: Shape (..., n, m), float64; either size may be zero.
+        cutoff: Absolute, shape (...).
+
+    Returns:
+        Its factors, with k = min(n, m).
+    """
+    U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = sigma > cutoff[..., None]
+    return TruncatedSVD(U * kept[..., None, :], sigma * kept, Vh)
+
+
+def times_power(value: Float[Tensor, "*shape"], exponent: Int[Tensor, ...]) -> Float[Tensor, "*shape"]:
+    """``value 2^exponent``, exact where float64 can hold it, infinity or zero where it cannot.
+
+    Args:
+        value: Any shape.
+        exponent: Broadcasts against it; from -3000 to 3000.
+    """
+    for part in (exponent // 3, (exponent + 1) // 3, (exponent + 2) // 3):  # no part's power overflows on its own
+        value = value * ((part + 1023) << 52).view(torch.float64)  # the bits of 2^part
+    return value
+
+
+def unit_scale(matrix: Float[Tensor, "*batch n m"]) -> tuple[Float[Tensor, "*batch n m"], Int[Tensor, "*batch"]]:
     """Take the power of two out of a matrix, exactly, so that squares of its entries neither overflow nor vanish.
 
     Args:
-        matrix: Shape (n, m), finite, any scale.
+        matrix: Shape (..., n, m), finite, any scale.
 
     Returns:
-        The float64 matrix with its largest magnitude in [1, 2) (or all zeros), and the exponent taken out.
+        The float64 matrix with its largest magnitude in [1, 2) (or all zeros), and the exponent taken out,
+        shape (...).
     """
     wide = matrix.double()
-    largest = float(wide.abs().max()) if wide.numel() else 0.0
-    if largest == 0.0:
-        return wide, 0
-    exponent = math.frexp(largest)[1] - 1
-    half = exponent // 2
-    return wide / math.ldexp(1.0, half) / math.ldexp(1.0, exponent - half), exponent
+    largest = wide.abs().amax((-2, -1)) if 0 not in wide.shape[-2:] else wide.new_zeros(wide.shape[:-2])
+    exponent = torch.where(largest > 0, torch.frexp(largest).exponent.long() - 1, 0)
+    return times_power(wide, -exponent[..., None, None]), exponent
 
 
-def times_power(value: float, exponent: int) -> float:
-    """``value 2^exponent``; infinity, not an error, where float64 cannot hold it."""
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def tensor_times_power(matrix: Float[Tensor, "n m"], exponent: int) -> Float[Tensor, "n m"]:
-    """The same for a matrix, shape (n, m), in two steps so that the power itself never overflows."""
-    half = exponent // 2
-    return matrix * times_power(1.0, half) * times_power(1.0, exponent - half)
-
-
-def decide_rank(singular_values: Float[Tensor, " k"], cutoff: float, noise: float) -> RankDecision:
+def decide_rank(
+    sigma: Float[Tensor, "*batch k"], cutoff: Float[Tensor, "*batch"], noise: Float[Tensor, "*batch"], widest: float
+) -> RankDecision:
     """Count the singular values above a cutoff and measure how clear that is.
 
     Args:
-        singular_values: Shape (k,), descending, float64.
+        sigma: Singular values, shape (..., k), float64.
         cutoff: Values at or below it count as zero; at least ``noise``.
         noise: Values below it are taken as it: rounding has no smaller ones.
+        widest: The margin where there is nothing to decide: of a zero or an empty matrix.
 
     Returns:
-        The rank with its margin in decades; a zero matrix has the widest margin there is, log10(cutoff / noise).
+        The ranks with their margins in decades.
     """
-    rank = int((singular_values > cutoff).sum())
-    if cutoff == 0.0:
-        return RankDecision(0, math.log10(4096))
-    above = [math.log10(float(value) / cutoff) for value in singular_values[:rank][-1:]]
-    below = [math.log10(cutoff / max(float(value), noise)) for value in singular_values[rank:][:1]]
-    return RankDecision(rank, min(above + below, default=math.log10(cutoff / noise)))
+    rank = (sigma > cutoff[..., None]).sum(-1)
+    if sigma.shape[-1] == 0:
+        return RankDecision(rank, torch.full_like(cutoff, widest))
+    decades = torch.log10(torch.maximum(sigma, noise[..., None]) / cutoff[..., None]).abs().amin(-1)
+    return RankDecision(rank, torch.where(cutoff > 0, decades, widest))
 
 
-def column_space(X: Float[Tensor, "b m1"], rtol: float | None = None) -> ColumnSpace:
+def column_space(X: Float[Tensor, "*batch b m1"], rtol: float | None = None) -> ColumnSpace:
     """Basis and coordinates of col X from one SVD, invariant to the scale of X.
 
     Args:
-        X: Inputs, shape (b, m1), float32 or float64; the work is done in float64.
+        X: Inputs, shape (..., b, m1), float32 or float64; the work is done in float64.
         rtol: Singular values at or below ``rtol`` times the largest count as zero, in X and, at the same absolute
             level, in every column group, so that no group outranks X. By default the "rank" tolerance of X's dtype.
 
@@ -134,34 +177,18 @@ def column_space(X: Float[Tensor, "b m1"], rtol: float | None = None) -> ColumnS
     if not eps <= relative < 1:
         raise ValueError(f"rtol must be at least eps = {eps:.3g} of {X.dtype} and below 1, got {relative}")
     scaled, exponent = unit_scale(X)
-    if X.shape[0] == 0:
-        scaled = scaled.new_zeros(1, X.shape[1])
     U, sigma, Vh = torch.linalg.svd(scaled, full_matrices=False)
-    largest = float(sigma[0])
+    largest = sigma.amax(-1) if sigma.shape[-1] else sigma.sum(-1)
     cutoff, noise = relative * largest, eps * largest
-    decision = decide_rank(sigma, cutoff, noise)
-    r = decision.rank
-    return ColumnSpace(U[: X.shape[0], :r], sigma[:r, None] * Vh[:r], exponent, decision, cutoff, noise)
-
-
-def group_svd(
-    group: Float[Tensor, "n d1"], cutoff: float
-) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"], Float[Tensor, "k d1"]]:
-    """The SVD of one column group without the singular values at or below an absolute cutoff.
-
-    Args:
-        group: Shape (n, d1), float64; either size may be zero.
-        cutoff: Absolute.
-
-    Returns:
-        U (n, k), sigma (k,) and V^T (k, d1), with k the group's rank.
-    """
-    n, d1 = group.shape
-    if min(n, d1) == 0:
-        return group.new_zeros(n, 0), group.new_zeros(0), group.new_zeros(0, d1)
-    U, sigma, Vh = torch.linalg.svd(group, full_matrices=False)
-    k = int((sigma > cutoff).sum())
-    return U[:, :k], sigma[:k], Vh[:k]
+    kept = sigma > cutoff[..., None]
+    return ColumnSpace(
+        coordinates=(sigma * kept)[..., None] * Vh,
+        exponent=exponent,
+        decision=decide_rank(sigma, cutoff, noise, math.log10(relative / eps)),
+        cutoff=cutoff,
+        noise=noise,
+        basis=U * kept[..., None, :],
+    )
 
 
 def written_groups(layout: BlockLayout) -> list[int]:

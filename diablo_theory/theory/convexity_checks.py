@@ -15,6 +15,7 @@ from diablo_theory.theory import descent, optima, problems
 from diablo_theory.theory.arithmetic import Arithmetic, gaussian
 from diablo_theory.theory.column_space import written_groups
 from diablo_theory.theory.problems import LinearProblem
+from diablo_theory.theory.reduction import reduce_problem
 from diablo_theory.theory.tolerances import tolerance
 from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe, room
 
@@ -69,7 +70,7 @@ def lora_adapter(problem: LinearProblem, rank: int) -> Adapter:
 
 def best_factors(problem: LinearProblem, rank: int) -> Float[Tensor, " p"]:
     """LoRA's parameters at an optimum: A and B from the minimiser's SVD, shape (rank (m1 + m2),)."""
-    U, sigma, Vh = torch.linalg.svd(optima.lora_optimum(problem, rank).minimiser, full_matrices=False)
+    U, sigma, Vh = torch.linalg.svd(optima.lora_optimum(reduce_problem(problem), rank).update, full_matrices=False)
     root = sigma[:rank].sqrt()
     return torch.cat([(U[:, :rank] * root).flatten(), (root[:, None] * Vh[:rank]).flatten()])
 
@@ -167,7 +168,8 @@ def _descent(trial: Trial, role: str, problem: LinearProblem, share: float) -> V
     }
     largest = max(float(s[0]) for s in spectra.values())
     step = share / largest
-    errors = descent.gradient_descent(problem, step, _ITERATIONS) - optima.diablo_optimum(problem).minimiser
+    optimum = optima.diablo_optimum(reduce_problem(problem), layout).update
+    errors = descent.gradient_descent(problem, step, _ITERATIONS) - optimum
     excess = -1.0
     for i, squares in spectra.items():
         rate = float((1 - step * squares[squares > cutoff**2 * largest]).abs().max())

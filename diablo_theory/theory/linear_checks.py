@@ -11,7 +11,9 @@ from diablo_theory import ops
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import optima, problems, stationarity
 from diablo_theory.theory.arithmetic import Arithmetic, gaussian
+from diablo_theory.theory.column_space import column_space
 from diablo_theory.theory.problems import LinearProblem
+from diablo_theory.theory.reduction import reduce_problem
 from diablo_theory.theory.tolerances import tolerance
 from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe
 
@@ -65,14 +67,15 @@ def projection(X: Tensor, R: Tensor) -> Tensor:
 
 def _diablo_excess(problem: LinearProblem) -> float:
     """The larger of two answers: the closed form's gap, and its minimiser evaluated through the block product."""
-    optimum, layout = optima.diablo_optimum(problem), problem.layout
-    blocks, tail = layout.gather(optimum.minimiser)
+    layout = problem.layout
+    optimum = optima.diablo_optimum(reduce_problem(problem), layout)
+    blocks, tail = layout.gather(optimum.update)
     inside = layout.scatter(blocks, tail)
     fitted = projection(problem.X, problem.R)
     total = fitted.square().sum() if bool(fitted.any()) else problem.R.square().sum()
     evaluated = float((ops.block_product(problem.X, blocks, tail, layout) - fitted).square().sum() / total)
-    outside = float((optimum.minimiser - inside).abs().max())
-    return max(optimum.relative_gap, evaluated) if outside == 0.0 else float("inf")
+    outside = float((optimum.update - inside).abs().max())
+    return max(float(optimum.relative_gap), evaluated) if outside == 0.0 else float("inf")
 
 
 def _premise(problem: LinearProblem) -> Premise:
@@ -104,7 +107,7 @@ def sufficiency(generator: torch.Generator, number: int, arithmetic: Arithmetic)
             trial = Trial("L2", number, describe(b, m1, m2, n, rank))
             verdicts.append(_gap_verdict(trial, role, "gap 0 for a generic target", problem))
             if role == "claim":
-                T = optima.worst_case_target(problem.X, problem.W0, problem.layout)
+                T = optima.worst_case_target(problem.X, problem.W0, problem.layout, column_space(problem.X))
                 worst = dataclasses.replace(problem, T=T)
                 verdicts.append(_gap_verdict(trial, role, "gap 0 for the worst-case target", worst))
     problem = _with_duplicates(problems.linear_problem(BlockLayout(24, 18, 4), 48, 5, generator))
@@ -162,23 +165,24 @@ def budget(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> l
 def _lora_verdicts(trial: Trial, problem: LinearProblem, enough: int, generator: torch.Generator) -> list[Verdict]:
     """LoRA below the rank that it needs loses exactly the tail; at that rank it loses nothing."""
     verdicts = []
+    reduced = reduce_problem(problem)
     at_budget, per_rank = optima.lora_rank_at_budget(problem.layout), sum(problem.W0.shape)
     fits = at_budget * per_rank <= problem.layout.num_parameters < (at_budget + 1) * per_rank
     tails = _relative_tails(problem, generator)
     for role, rho in (("claim", at_budget), ("control", enough)):
-        lost = relative_excess(problem, optima.lora_optimum(problem, rho).minimiser)
+        lost = relative_excess(problem, optima.lora_optimum(reduced, rho).update)
         premise = Premise(fits and rho < enough, min(enough - rho, 1 if fits else 0) - 0.5)
         statement = "LoRA at DiaBlo's budget has a positive gap (control: at rank min(r, m2))"
         verdicts.append(trial.stays_positive(role, statement, premise, lost, tolerance("gap")))
     for role, rho in (("claim", enough), ("control", enough - 1)):
-        lost = relative_excess(problem, optima.lora_optimum(problem, rho).minimiser)
+        lost = relative_excess(problem, optima.lora_optimum(reduced, rho).update)
         premise = Premise(rho >= enough, rho - enough + 0.5)
         statement = "LoRA of rank min(r, m2), with r (m1 + m2) parameters, has gap 0 (control: one rank less)"
         verdicts.append(trial.vanishes(role, statement, premise, lost, tolerance("gap")))
     predicted = tails[at_budget]
     for role, rho in (("claim", at_budget), ("control", at_budget + 1)):
-        optimum = optima.lora_optimum(problem, rho)
-        answers = (relative_excess(problem, optimum.minimiser), optimum.relative_gap)
+        optimum = optima.lora_optimum(reduced, rho)
+        answers = (relative_excess(problem, optimum.update), float(optimum.relative_gap))
         off = max(abs(answer / predicted - 1) for answer in answers)
         premise = Premise(rho == at_budget, 0.5 - abs(rho - at_budget))
         statement = "LoRA's gap is the tail of the singular values of P_X R at its rank (control: another rank)"

@@ -1,4 +1,8 @@
-"""Closed forms of the linear problem: full fine-tuning, DiaBlo and LoRA, each with its minimum, minimiser and gap."""
+"""Closed forms of the linear problem: full fine-tuning, DiaBlo, LoRA and LoRA with a frozen A.
+
+Each has its minimum, a minimiser, its gap and its parameters. All take a reduced problem, so that several methods
+share one decomposition of X and one rank decision, and all take batches.
+"""
 
 from __future__ import annotations
 
@@ -9,130 +13,136 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory.arithmetic import require_matrix
 from diablo_theory.theory.column_space import (
     ColumnSpace,
-    column_space,
-    group_svd,
-    tensor_times_power,
+    TruncatedSVD,
     times_power,
+    truncated_svd,
     unit_scale,
     written_groups,
 )
-from diablo_theory.theory.problems import LinearProblem
+from diablo_theory.theory.reduction import ReducedProblem
+from diablo_theory.theory.tolerances import tolerance
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """What a set of updates can reach on a linear problem.
+    """What a set of updates can reach on a linear problem, or on each of a batch.
 
     Args:
-        method: "full", "diablo" or "lora".
-        minimum: The smallest loss, 1/2 ||X (W0 + dW) - T||_F^2 over the set; its unit is that of T squared, and it is
-            infinite or zero where float64 cannot hold that square.
-        gap: Its excess over full fine-tuning, at least 0, the same unit.
+        method: "full", "diablo", "lora", "lora-frozen-a" or "lora-tangent".
+        minimum: The smallest loss, 1/2 ||X (W0 + dW) - T||_F^2 over the set, shape (...); its unit is that of T
+            squared, and it is infinite or zero where float64 cannot hold that square.
+        gap: Its excess over full fine-tuning, at least 0, the same unit and shape.
         relative_gap: The gap as a fraction of 1/2 ||P_X R||_F^2, what full fine-tuning captures; from 0 to 1, and 0
-            where there is nothing to capture. Free of any scale.
-        minimiser: A dW in the set that attains the minimum, shape (m1, m2), float64.
+            where there is nothing to capture. Free of any scale. ``1 - relative_gap`` is the capture ratio.
+        minimiser: A dW in the set that attains the minimum, shape (..., m1, m2), float64; None if not asked for.
         num_parameters: Trainable entries.
     """
 
     method: str
-    minimum: float
-    gap: float
-    relative_gap: float
-    minimiser: Float[Tensor, "m1 m2"]
+    minimum: Float[Tensor, ...]
+    gap: Float[Tensor, ...]
+    relative_gap: Float[Tensor, ...]
+    minimiser: Float[Tensor, "... m1 m2"] | None
     num_parameters: int
 
+    @property
+    def update(self) -> Float[Tensor, "... m1 m2"]:
+        """The minimiser, shape (..., m1, m2).
 
-def _optimum(
-    method: str, problem: LinearProblem, space: ColumnSpace, missed: Tensor, dW: Tensor, num_parameters: int
-) -> Optimum:
-    """Put scales back: ``missed`` is what the fit leaves of the coordinates of P_X R, both at unit scale."""
-    R, exponent = unit_scale(problem.R)
-    captured = space.basis.T @ R
-    full = 0.5 * float((R - space.basis @ captured).square().sum())
-    gap = 0.5 * float(missed.square().sum())
-    total = 0.5 * float(captured.square().sum())
+        Raises:
+            ValueError: If the optimum was computed without one.
+        """
+        if self.minimiser is None:
+            raise ValueError(f"this {self.method} optimum was computed with minimiser=False")
+        return self.minimiser
+
+
+def _optimum(method: str, problem: ReducedProblem, missed: Tensor, dW: Tensor | None, num_parameters: int) -> Optimum:
+    """Put scales back: ``missed`` is what the fit leaves of the coordinates of P_X R, squared and summed."""
+    total = problem.captured
     return Optimum(
         method=method,
-        minimum=times_power(full + gap, 2 * exponent),
-        gap=times_power(gap, 2 * exponent),
-        relative_gap=gap / total if total > 0 else 0.0,
-        minimiser=tensor_times_power(dW, exponent - space.exponent),
+        minimum=problem.loss_of(problem.outside + missed),
+        gap=problem.loss_of(missed),
+        relative_gap=torch.where(total > 0, missed / total, 0.0),
+        minimiser=None if dW is None else problem.update_of(dW),
         num_parameters=num_parameters,
     )
 
 
-def captured_coordinates(space: ColumnSpace, R: Float[Tensor, "b m2"]) -> Float[Tensor, "r m2"]:
-    """Coordinates of P_X R in the basis of col X, with R at unit scale.
-
-    Args:
-        space: col X.
-        R: Residual, shape (b, m2).
-
-    Returns:
-        Shape (r, m2), float64.
-    """
-    return space.basis.T @ unit_scale(R)[0]
+def _square(matrix: Tensor) -> Tensor:
+    return matrix.square().sum((-2, -1))
 
 
-def _pseudo_inverse_times(group: Tensor, rhs: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
-    """``group^+ rhs`` and what of ``rhs`` lies outside col group."""
-    U, sigma, Vh = group_svd(group, cutoff)
-    inside = U.T @ rhs
-    return Vh.T @ (inside / sigma[:, None]), rhs - U @ inside
+def _sizes(problem: ReducedProblem) -> tuple[int, int]:
+    return problem.space.coordinates.shape[-1], problem.target.shape[-1]
 
 
-def full_optimum(problem: LinearProblem, space: ColumnSpace | None = None) -> Optimum:
+def _full_update(problem: ReducedProblem, target: Tensor) -> Tensor:
+    """``Y^+ target``; the rows of Y are orthogonal by construction, so only their lengths are divided out."""
+    Y = problem.space.coordinates
+    squares = Y.square().sum(-1)
+    return Y.mT @ (torch.where(squares > 0, 1 / squares, 0.0)[..., None] * target)
+
+
+def full_optimum(problem: ReducedProblem, minimiser: bool = True) -> Optimum:
     """Full fine-tuning: minimum ``1/2 ||(I - P_X) R||^2`` at ``dW = X^+ R``.
 
     Args:
-        problem: The linear problem.
-        space: ``column_space(problem.X)``, if it is at hand; pass one with another rtol to move the rank decision.
+        problem: The reduced problem.
+        minimiser: Whether to compute one.
 
     Returns:
         The optimum; its gap is 0 by definition.
 
     Source: theory.md, table "Linear problem", row "all"; ordinary least squares.
     """
-    space = space or column_space(problem.X)
-    target = captured_coordinates(space, problem.R)
-    dW, _ = _pseudo_inverse_times(space.coordinates, target, space.cutoff)
-    m1, m2 = problem.W0.shape
-    return _optimum("full", problem, space, torch.zeros_like(target), dW, m1 * m2)
+    m1, m2 = _sizes(problem)
+    dW = _full_update(problem, problem.target) if minimiser else None
+    return _optimum("full", problem, torch.zeros_like(problem.outside), dW, m1 * m2)
 
 
-def diablo_optimum(problem: LinearProblem, space: ColumnSpace | None = None) -> Optimum:
+def diablo_optimum(problem: ReducedProblem, layout: BlockLayout, minimiser: bool = True) -> Optimum:
     """DiaBlo: minimum ``1/2 sum_i ||(I - P_{X_i}) R_i||^2`` at ``D_i = X_i^+ R_i``, zeros outside the blocks.
 
     Args:
-        problem: The linear problem.
-        space: As in :func:`full_optimum`.
+        problem: The reduced problem.
+        layout: The blocks, of an m1 x m2 matrix.
+        minimiser: Whether to compute one.
 
     Returns:
         The optimum, with gap ``1/2 sum_i ||(P_X - P_{X_i}) R_i||^2``.
 
+    Raises:
+        ValueError: If the layout is not of the problem's size.
+
     Source: arXiv 2506.03230v2, section 3 (the linear problem); theory.md, table "Linear problem", row "DiaBlo".
     """
-    space, layout = space or column_space(problem.X), problem.layout
-    target = captured_coordinates(space, problem.R)
-    dW, missed = torch.zeros_like(problem.W0, dtype=torch.float64), torch.zeros_like(target)
+    require_layout(layout, *_sizes(problem))
+    space, target = problem.space, problem.target
+    missed = torch.zeros_like(problem.outside)
+    dW = target.new_zeros(*target.shape[:-2], *_sizes(problem)) if minimiser else None
     for i in written_groups(layout):
-        rows, cols = layout.rows(i), layout.cols(i)
-        group = space.group(layout, i)
-        dW[rows, cols], missed[:, cols] = _pseudo_inverse_times(group, target[:, cols], space.cutoff)
-    return _optimum("diablo", problem, space, missed, dW, layout.num_parameters)
+        cols = layout.cols(i)
+        group = truncated_svd(space.group(layout, i), space.cutoff)
+        missed = missed + _square(group.outside(target[..., cols]))
+        if dW is not None:
+            dW[..., layout.rows(i), cols] = group.pinv_times(target[..., cols])
+    return _optimum("diablo", problem, missed, dW, layout.num_parameters)
 
 
-def lora_optimum(problem: LinearProblem, rank: int, space: ColumnSpace | None = None) -> Optimum:
+def lora_optimum(problem: ReducedProblem, rank: int, minimiser: bool = True) -> Optimum:
     """The best update of rank at most rho: full plus ``1/2 sum_{j>rho} sigma_j(P_X R)^2``, at ``X^+ (P_X R)_rho``.
 
     ``X dW`` runs over every matrix of rank at most rho with columns in col X, so this is Eckart-Young for P_X R.
 
     Args:
-        problem: The linear problem.
+        problem: The reduced problem.
         rank: rho, at least 0 (a budget below m1 + m2 parameters buys rank 0).
-        space: As in :func:`full_optimum`.
+        minimiser: Whether to compute one; without it only singular values are.
 
     Returns:
         The optimum, with rho (m1 + m2) parameters.
@@ -144,12 +154,105 @@ def lora_optimum(problem: LinearProblem, rank: int, space: ColumnSpace | None = 
     """
     if rank < 0:
         raise ValueError(f"rank must be at least 0, got {rank}")
-    space = space or column_space(problem.X)
-    target = captured_coordinates(space, problem.R)
-    U, sigma, Vh = torch.linalg.svd(target, full_matrices=False)
-    kept = U[:, :rank] @ (sigma[:rank, None] * Vh[:rank])
-    dW, _ = _pseudo_inverse_times(space.coordinates, kept, space.cutoff)
-    return _optimum("lora", problem, space, sigma[rank:, None], dW, rank * sum(problem.W0.shape))
+    parameters = rank * sum(_sizes(problem))
+    if not minimiser:
+        sigma = torch.linalg.svdvals(problem.target)
+        return _optimum("lora", problem, sigma[..., rank:].square().sum(-1), None, parameters)
+    U, sigma, Vh = torch.linalg.svd(problem.target, full_matrices=False)
+    kept = U[..., :rank] @ (sigma[..., :rank, None] * Vh[..., :rank, :])
+    return _optimum("lora", problem, sigma[..., rank:].square().sum(-1), _full_update(problem, kept), parameters)
+
+
+def lora_relative_gaps(problem: ReducedProblem) -> Float[Tensor, "... ranks"]:
+    """LoRA's relative gap at rank 0, 1, .., min(k, m2), from one computation of singular values.
+
+    Returns:
+        Shape (..., min(k, m2) + 1), descending from 1 (where there is something to capture) to 0.
+    """
+    squares = torch.linalg.svdvals(problem.target).square()
+    tails = torch.cat([squares.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(squares[..., :1])], -1)
+    if squares.shape[-1] == 0:
+        return torch.zeros_like(problem.outside)[..., None]
+    total = tails[..., :1]
+    return torch.where(total > 0, tails / total, 0.0)
+
+
+def frozen_lora_optimum(problem: ReducedProblem, A: Float[Tensor, "... m1 rho"], minimiser: bool = True) -> Optimum:
+    """LoRA with a frozen A, only B trained: full plus ``1/2 ||(P_X - P_{XA}) R||^2``, at ``A (XA)^+ R``.
+
+    Args:
+        problem: The reduced problem.
+        A: Shape (..., m1, rho), any scale.
+        minimiser: Whether to compute one.
+
+    Returns:
+        The optimum, with rho m2 parameters.
+
+    Raises:
+        ValueError: If A does not fit.
+        NonFiniteError: If A holds a NaN or an infinity.
+
+    Source: theory.md, L6.
+    """
+    scaled, reach = _reach(problem.space, A)
+    dW = scaled @ reach.pinv_times(problem.target) if minimiser else None
+    missed = _square(reach.outside(problem.target))
+    return _optimum("lora-frozen-a", problem, missed, dW, A.shape[-1] * problem.target.shape[-1])
+
+
+def lora_tangent_optimum(
+    problem: ReducedProblem,
+    A: Float[Tensor, "... m1 rho"],
+    B: Float[Tensor, "... rho m2"],
+    minimiser: bool = True,
+) -> Optimum:
+    """The best update among the directions open to LoRA at (A, B): ``dW = A dB + dA B``.
+
+    ``X A dB`` fills ``col XA`` and ``X dA B`` fills col X within the row space of B, so what is missed is
+    ``(P_X - P_{XA}) R (I - Q)``, with Q the projector on row B. At B = 0 this is LoRA with A frozen.
+
+    Args:
+        problem: The reduced problem.
+        A: Shape (..., m1, rho), any scale.
+        B: Shape (..., rho, m2), any scale.
+        minimiser: Whether to compute one.
+
+    Returns:
+        The optimum, with rho (m1 + m2) parameters.
+
+    Raises:
+        ValueError: If A or B does not fit.
+        NonFiniteError: If A or B holds a NaN or an infinity.
+
+    Source: theory.md, "set" and "tangent" capture.
+    """
+    rho, m2 = A.shape[-1], problem.target.shape[-1]
+    require_matrix("B", B)
+    if B.shape[-2:] != (rho, m2):
+        raise ValueError(f"B must have shape {(rho, m2)}, got {tuple(B.shape)}")
+    scaled, reach = _reach(problem.space, A)
+    rows = unit_scale(B)[0].mT
+    readout = truncated_svd(rows, tolerance("rank", B.dtype).value * _norm(rows))
+    beside = reach.outside(problem.target)
+    missed = readout.outside(beside.mT)
+    dW = None
+    if minimiser:
+        dW = scaled @ reach.pinv_times(problem.target) + _full_update(problem, beside - missed.mT)
+    return _optimum("lora-tangent", problem, _square(missed), dW, rho * sum(_sizes(problem)))
+
+
+def _reach(space: ColumnSpace, A: Tensor) -> tuple[Tensor, TruncatedSVD]:
+    """A at unit scale, and the SVD of Y A; rounding of the product is relative to ``||Y|| ||A||``."""
+    require_matrix("A", A)
+    if A.shape[-2] != space.coordinates.shape[-1]:
+        raise ValueError(f"A must have {space.coordinates.shape[-1]} rows, got {A.shape[-2]}")
+    scaled, _ = unit_scale(A)
+    return scaled, truncated_svd(space.coordinates @ scaled, space.cutoff * _norm(scaled))
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """The spectral norm, zero for an empty matrix."""
+    return torch.linalg.matrix_norm(matrix, 2) if 0 not in matrix.shape[-2:] else matrix.sum((-2, -1))
 
 
 def lora_rank_at_budget(layout: BlockLayout) -> int:
@@ -160,8 +263,22 @@ def lora_rank_at_budget(layout: BlockLayout) -> int:
     return layout.num_parameters // (layout.in_features + layout.out_features)
 
 
+def frozen_rank_at_budget(layout: BlockLayout) -> int:
+    """The largest rank of LoRA with a frozen A with no more parameters than the blocks: ``floor(params / m2)``.
+
+    Source: theory.md, L6; where N divides both sizes it is d1.
+    """
+    return layout.num_parameters // layout.out_features
+
+
+def require_layout(layout: BlockLayout, m1: int, m2: int) -> None:
+    """Raise ValueError unless a layout is of an m1 x m2 matrix."""
+    if (layout.in_features, layout.out_features) != (m1, m2):
+        raise ValueError(f"layout must be of a {m1} x {m2} matrix, got {layout.in_features} x {layout.out_features}")
+
+
 def worst_case_target(
-    X: Float[Tensor, "b m1"], W0: Float[Tensor, "m1 m2"], layout: BlockLayout, space: ColumnSpace | None = None
+    X: Float[Tensor, "b m1"], W0: Float[Tensor, "m1 m2"], layout: BlockLayout, space: ColumnSpace
 ) -> Float[Tensor, "b m2"]:
     """A target inside ``X W0 + col X`` that DiaBlo serves worst: each ``R_i`` lies where ``X_i`` reaches least.
 
@@ -172,18 +289,17 @@ def worst_case_target(
         X: Inputs, shape (b, m1).
         W0: Frozen weight, shape (m1, m2).
         layout: The blocks.
-        space: ``column_space(X)``, if at hand.
+        space: ``column_space(X)``.
 
     Returns:
         T, shape (b, m2), the dtype of X; equal to X W0 where X has rank 0.
 
     Source: theory.md, L3.
     """
-    space = space or column_space(X)
-    R = torch.zeros(X.shape[0], layout.out_features, dtype=torch.float64)
-    if space.rank:
+    assert space.basis is not None
+    r, R = int(space.rank), torch.zeros(X.shape[0], layout.out_features, dtype=torch.float64, device=X.device)
+    if r:
         for i in written_groups(layout):
-            group = torch.cat([space.group(layout, i), torch.zeros(space.rank, 1, dtype=torch.float64)], dim=1)
-            U, _, _ = torch.linalg.svd(group, full_matrices=True)
-            R[:, layout.cols(i)] = space.basis @ U[:, -1:]
-    return X @ W0 + tensor_times_power(R, space.exponent).to(X.dtype)
+            U, _, _ = torch.linalg.svd(space.group(layout, i)[:r], full_matrices=True)
+            R[:, layout.cols(i)] = space.basis[:, :r] @ U[:, -1:]
+    return X @ W0 + times_power(R, space.exponent).to(X.dtype)

@@ -10,15 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory.arithmetic import require_like
 from diablo_theory.theory.column_space import (
     ColumnSpace,
     column_space,
-    decide_rank,
-    group_svd,
     times_power,
+    truncated_svd,
     unit_scale,
     written_groups,
 )
+from diablo_theory.theory.optima import require_layout
+from diablo_theory.theory.reduction import ReducedProblem
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,19 @@ def rank_premise(X: Float[Tensor, "b m1"], layout: BlockLayout, space: ColumnSpa
 
     Source: arXiv 2506.03230v2, the rank condition of its sufficiency theorem; theory.md, L2 and S1.
     """
-    _check_columns(X, layout)
-    space = space or column_space(X)
+    _require_columns(X, layout)
+    return premise_of(space or column_space(X), layout)
+
+
+def premise_of(space: ColumnSpace, layout: BlockLayout) -> RankPremise:
+    """The same from the coordinates of one X, which may come from sums over tokens alone."""
     spectra = [_spectrum(space.group(layout, i)) for i in written_groups(layout)]
-    ranks = tuple(decide_rank(sigma, space.cutoff, space.noise).rank for sigma in spectra)
-    r = space.rank
+    cutoff, noise, r = float(space.cutoff), float(space.noise), int(space.rank)
+    ranks = tuple(int((sigma > cutoff).sum()) for sigma in spectra)
     if r == 0:
-        return RankPremise(0, ranks, True, space.decision.margin)
+        return RankPremise(0, ranks, True, float(space.decision.margin))
     weakest = min(float(sigma[r - 1]) if len(sigma) >= r else 0.0 for sigma in spectra)
-    margin = math.log10(max(weakest, space.noise) / space.cutoff)
-    return RankPremise(r, ranks, all(rank == r for rank in ranks), margin)
+    return RankPremise(r, ranks, all(rank == r for rank in ranks), math.log10(max(weakest, noise) / cutoff))
 
 
 def _spectrum(group: Tensor) -> Tensor:
@@ -109,24 +114,18 @@ def amplifiers(X: Float[Tensor, "b m1"], layout: BlockLayout) -> list[Float[Tens
 
     Source: theory.md, S1 and S3.
     """
-    _check_columns(X, layout)
-    scaled, cutoff = unit_scale(X)[0], column_space(X).cutoff
-    matrices = []
-    for i in written_groups(layout):
-        U, sigma, Vh = group_svd(scaled[:, layout.rows(i)], cutoff)
-        matrices.append(Vh.T @ ((U.T @ scaled) / sigma[:, None]))
-    return matrices
+    _require_columns(X, layout)
+    space = column_space(X)
+    groups = (truncated_svd(space.group(layout, i), space.cutoff) for i in written_groups(layout))
+    return [group.pinv_times(space.coordinates) for group in groups]
 
 
 def certificate(X: Float[Tensor, "b m1"], g: Float[Tensor, "b m2"], layout: BlockLayout) -> Certificate:
     """Both sides of S3 for one layer, at any point of any network.
 
-    The truncated pseudo-inverse satisfies ``X_i^{+T} X_i^T = P_{X_i}`` for whatever P_{X_i} keeps, so the bound holds
-    however the rank was decided; the decision only moves weight between amplification and leak.
-
     Args:
-        X: The layer's inputs over the whole training set, shape (b, m1).
-        g: The loss's gradient at the layer's output Y, shape (b, m2).
+        X: The layer's inputs over the whole training set, shape (b, m1), float32 or float64.
+        g: The loss's gradient at the layer's output Y, shape (b, m2), the dtype of X.
         layout: The blocks.
 
     Returns:
@@ -134,30 +133,57 @@ def certificate(X: Float[Tensor, "b m1"], g: Float[Tensor, "b m2"], layout: Bloc
 
     Raises:
         ValueError: If a shape does not fit the layout.
+        NonFiniteError: If X or g holds a NaN or an infinity.
 
     Source: theory.md, S3.
     """
-    _check_columns(X, layout)
-    if g.shape[1] != layout.out_features:
-        raise ValueError(f"g must have {layout.out_features} columns, got {g.shape[1]}")
-    (scaled, x_exponent), (g, g_exponent) = unit_scale(X), unit_scale(g)
-    cutoff, exponent = column_space(X).cutoff, x_exponent + g_exponent
-    blocks, leak, amplification = 0.0, 0.0, 0.0
+    _require_columns(X, layout)
+    require_like("g", g, (X.shape[0], layout.out_features), X)
+    space = column_space(X)
+    assert space.basis is not None
+    scaled, exponent = unit_scale(g)
+    target = space.basis.mT @ scaled
+    return certificate_of(ReducedProblem(space, target, torch.zeros_like(target[0, 0]), exponent), layout)
+
+
+def certificate_of(problem: ReducedProblem, layout: BlockLayout) -> Certificate:
+    """The same from a reduced problem whose R is g or -g: X^T g = Y^T M, and U drops out of every term.
+
+    The truncated pseudo-inverse satisfies ``X_i^{+T} X_i^T = P_{X_i}`` for whatever P_{X_i} keeps, so the bound holds
+    however the rank was decided; the decision only moves weight between amplification and leak.
+
+    Args:
+        problem: One reduced problem, not a batch.
+        layout: The blocks.
+
+    Returns:
+        The certificate, in the units of X times R.
+
+    Raises:
+        ValueError: If the layout is not of the problem's size.
+
+    Source: theory.md, S3 and "At scale, from sums alone".
+    """
+    Y, M = problem.space.coordinates, problem.target
+    require_layout(layout, Y.shape[-1], M.shape[-1])
+    zero = torch.zeros((), dtype=torch.float64, device=Y.device)
+    blocks, leak, amplification = zero, zero, zero
     for i in written_groups(layout):
-        X_i, g_i = scaled[:, layout.rows(i)], g[:, layout.cols(i)]
-        U, sigma, _ = group_svd(X_i, cutoff)
-        if len(sigma):
-            amplification = max(amplification, float(torch.linalg.matrix_norm((U.T @ scaled) / sigma[:, None], 2)))
-        blocks += float((X_i.T @ g_i).square().sum())
-        leak += float((scaled.T @ (g_i - U @ (U.T @ g_i))).square().sum())
+        Y_i, M_i = problem.space.group(layout, i), M[:, layout.cols(i)]
+        group = truncated_svd(Y_i, problem.space.cutoff)
+        if len(group.sigma):
+            amplification = torch.maximum(amplification, torch.linalg.matrix_norm(group.pinv_times(Y), 2))
+        blocks = blocks + (Y_i.mT @ M_i).square().sum()
+        leak = leak + (Y.mT @ group.outside(M_i)).square().sum()
+    exponent = problem.space.exponent + problem.exponent
     return Certificate(
-        grad_full=times_power(float(torch.linalg.matrix_norm(scaled.T @ g)), exponent),
-        grad_blocks=times_power(math.sqrt(blocks), exponent),
-        amplification=amplification,
-        leak=times_power(math.sqrt(leak), exponent),
+        grad_full=float(times_power(torch.linalg.matrix_norm(Y.mT @ M), exponent)),
+        grad_blocks=float(times_power(blocks.sqrt(), exponent)),
+        amplification=float(amplification),
+        leak=float(times_power(leak.sqrt(), exponent)),
     )
 
 
-def _check_columns(X: Tensor, layout: BlockLayout) -> None:
-    if X.shape[1] != layout.in_features:
-        raise ValueError(f"X must have {layout.in_features} columns, got {X.shape[1]}")
+def _require_columns(X: Tensor, layout: BlockLayout) -> None:
+    if X.shape[-1] != layout.in_features:
+        raise ValueError(f"X must have {layout.in_features} columns, got {X.shape[-1]}")

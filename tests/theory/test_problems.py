@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian, seeded
 from diablo_theory.theory.networks import NetworkProblem, dense_forward, forward, network_problem
 from diablo_theory.theory.problems import LinearProblem, linear_problem, low_rank_inputs
 
@@ -42,7 +42,7 @@ def test_a_seed_fixes_a_problem_and_another_changes_it():
 @pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
 @pytest.mark.parametrize("dtype", [torch.float64])
 def test_residual_is_target_minus_the_frozen_output(scale, dtype):
-    problem = linear_problem(LAYOUT, 9, 4, seeded(3), dtype=dtype, scale=scale)
+    problem = linear_problem(LAYOUT, 9, 4, seeded(3), arithmetic=Arithmetic(dtype), scale=scale)
     expected = problem.T.numpy() - problem.X.numpy() @ problem.W0.numpy()
     np.testing.assert_allclose(problem.R.numpy(), expected, rtol=1e-12, atol=1e-14 * scale)
 

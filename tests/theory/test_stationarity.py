@@ -125,5 +125,5 @@ def test_shapes_that_do_not_fit_are_named():
             call(X[:, :5])
     with pytest.raises(ValueError, match="X must have 6 columns, got 4"):
         certificate(X[:, :4], torch.zeros(5, 4).double(), layout)
-    with pytest.raises(ValueError, match="g must have 4 columns, got 3"):
+    with pytest.raises(ValueError, match=r"g must have shape \(5, 4\), got \(5, 3\)"):
         certificate(X, torch.zeros(5, 3).double(), layout)
