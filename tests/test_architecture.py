@@ -18,7 +18,7 @@ ALLOWED = {
     "files": {"errors"},
     "ops": {"blocks"},
     "tuner": {"blocks", "ops", "errors"},
-    "theory": {"blocks", "ops", "errors"},
+    "theory": GROUND,
     "methods": {"blocks", "tuner"},
     "finetune": GROUND | {"methods", "provenance"},
     "bench": {"methods", "finetune"},

@@ -1,0 +1,147 @@
+"""Where LoRA may start: the factors A and B of the usual and of the data-aware initialisations.
+
+The update is ``s A B`` with A of shape (m1, rho) and B of shape (rho, m2); scalings are left out, since the directions
+that a start opens do not depend on them. Where B is not zero, the frozen weight is W0 - A B, so that the start is the
+same function.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diablo_theory.theory.arithmetic import require_matrix
+from diablo_theory.theory.column_space import ColumnSpace
+from diablo_theory.theory.reduction import ReducedProblem
+
+
+@dataclass(frozen=True)
+class Start:
+    """A LoRA start.
+
+    Args:
+        name: Of the initialisation.
+        A: Shape (m1, rho), float64.
+        B: Shape (rho, m2), float64.
+    """
+
+    name: str
+    A: Float[Tensor, "m1 rho"]
+    B: Float[Tensor, "rho m2"]
+
+
+def usual_start(in_features: int, out_features: int, rank: int, generator: torch.Generator) -> Start:
+    """LoRA's own: A uniform on +-1/sqrt(m1) (Kaiming's with a = sqrt(5), as in peft), B zero.
+
+    Raises:
+        ValueError: If the rank is negative.
+
+    Source: Hu et al. (2022), LoRA; theory.md, notation.
+    """
+    _require_rank(rank, None)
+    A = (2 * torch.rand(in_features, rank, generator=generator, dtype=torch.float64) - 1) / math.sqrt(in_features)
+    return Start("usual", A, torch.zeros(rank, out_features, dtype=torch.float64))
+
+
+def pissa_start(W0: Float[Tensor, "m1 m2"], rank: int, iterations: int | None = None) -> Start:
+    """PiSSA: the leading singular triplets of W0, their singular values shared between A and B.
+
+    Args:
+        W0: The frozen weight, shape (m1, m2).
+        rank: rho, from 0 to min(m1, m2).
+        iterations: None for an exact SVD; else power iterations of a randomised one, for large matrices.
+
+    Raises:
+        ValueError: If the rank is out of range.
+
+    Source: Meng et al. (2024), PiSSA.
+    """
+    require_matrix("W0", W0)
+    U, sigma, Vh = _leading(W0.double(), rank, iterations)
+    root = sigma.sqrt()
+    return Start("pissa", U * root, root[:, None] * Vh)
+
+
+def eva_start(space: ColumnSpace, out_features: int, rank: int) -> Start:
+    """EVA: A spans the leading right singular vectors of X, B is zero.
+
+    Args:
+        space: Of X, direct or from sums.
+        out_features: m2.
+        rank: rho, from 0 to m1; directions past the rank of X come out as zeros, and open nothing.
+
+    Raises:
+        ValueError: If the rank is out of range.
+
+    Source: Paischer et al. (2024), EVA.
+    """
+    Y = space.coordinates
+    _require_rank(rank, Y.shape[-1])
+    lengths = Y[:rank].norm(dim=-1, keepdim=True)
+    directions = torch.where(lengths > 0, Y[:rank] / lengths, 0.0)
+    A = torch.cat([directions, Y.new_zeros(rank - len(directions), Y.shape[-1])]).mT
+    return Start("eva", A, Y.new_zeros(rank, out_features))
+
+
+def lora_ga_start(problem: ReducedProblem, rank: int, iterations: int | None = None) -> Start:
+    """LoRA-GA: A holds the leading left singular vectors of the full gradient X^T g_Y, B the next right ones.
+
+    Args:
+        problem: With R = -g_Y, so that the gradient is -Y^T M.
+        rank: rho, with 2 rho from 0 to min(m1, m2).
+        iterations: As in :func:`pissa_start`.
+
+    Raises:
+        ValueError: If the rank is out of range.
+
+    Source: Wang et al. (2024), LoRA-GA, in the arrangement "A r, B the r after it".
+    """
+    Y, M = problem.space.coordinates, problem.target
+    U, _, Vh = _leading(Y.mT @ M, 2 * rank, iterations)
+    return Start("lora-ga", U[:, :rank], Vh[rank:])
+
+
+def corda_start(space: ColumnSpace, W0: Float[Tensor, "m1 m2"], rank: int, iterations: int | None = None) -> Start:
+    """CorDA, instruction-previewed: the leading part of the SVD of W0^T G, taken back through G^+ on the inputs' side.
+
+    Args:
+        space: Of X, so that G = Y^T Y.
+        W0: The frozen weight, shape (m1, m2).
+        rank: rho, from 0 to min(m1, m2).
+        iterations: As in :func:`pissa_start`.
+
+    Raises:
+        ValueError: If the rank is out of range.
+
+    Source: Yang et al. (2024), CorDA. The authors damp G until it can be inverted; the singular vectors lie in its row
+    space, so a pseudo-inverse needs no damping.
+    """
+    require_matrix("W0", W0)
+    Y = space.coordinates
+    V, sigma, Uh = _leading(Y.mT @ (Y @ W0.double()), rank, iterations)  # the transpose of W0^T G
+    squares = Y.square().sum(-1)
+    inverse = torch.where(squares > 0, squares.pow(-2), 0.0)
+    root = sigma.sqrt()
+    return Start("corda", Y.mT @ (inverse[:, None] * (Y @ V)) * root, root[:, None] * Uh)
+
+
+def _leading(matrix: Tensor, rank: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets, U (m, rank), sigma (rank,), V^T (rank, n)."""
+    _require_rank(rank, min(matrix.shape))
+    if iterations is None:
+        U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank], sigma[:rank], Vh[:rank]
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from the global generator only
+        torch.manual_seed(0)
+        U, sigma, V = torch.svd_lowrank(matrix, q=min(2 * rank, *matrix.shape), niter=iterations)
+    return U[:, :rank], sigma[:rank], V.mT[:rank]
+
+
+def _require_rank(rank: int, largest: int | None) -> None:
+    if rank < 0 or (largest is not None and rank > largest):
+        allowed = "at least 0" if largest is None else f"from 0 to {largest}"
+        raise ValueError(f"rank must be {allowed}, got {rank}")
