@@ -113,7 +113,10 @@ def times_power(value: Float[Tensor, "*shape"], exponent: Int[Tensor, ...]) -> F
         value: Any shape.
         exponent: Broadcasts against it; from -3000 to 3000.
     """
-    for part in (exponent // 3, (exponent + 1) // 3, (exponent + 2) // 3):  # no part's power overflows on its own
+    parts = (exponent,)
+    if exponent.numel() and int(exponent.abs().max()) > 1022:  # 2^exponent itself may not be a float64
+        parts = (exponent // 3, (exponent + 1) // 3, (exponent + 2) // 3)
+    for part in parts:
         value = value * ((part + 1023) << 52).view(torch.float64)  # the bits of 2^part
     return value
 
@@ -128,10 +131,16 @@ def unit_scale(matrix: Float[Tensor, "*batch n m"]) -> tuple[Float[Tensor, "*bat
         The float64 matrix with its largest magnitude in [1, 2) (or all zeros), and the exponent taken out,
         shape (...).
     """
-    wide = matrix.double()
-    largest = wide.abs().amax((-2, -1)) if 0 not in wide.shape[-2:] else wide.new_zeros(wide.shape[:-2])
+    largest = largest_magnitude(matrix).double()
     exponent = torch.where(largest > 0, torch.frexp(largest).exponent.long() - 1, 0)
-    return times_power(wide, -exponent[..., None, None]), exponent
+    return times_power(matrix.double(), -exponent[..., None, None]), exponent
+
+
+def largest_magnitude(matrix: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch"]:
+    """The largest absolute entry, shape (...), 0 of an empty matrix; NaN where an entry is NaN."""
+    if 0 in matrix.shape[-2:]:
+        return matrix.new_zeros(matrix.shape[:-2])
+    return torch.linalg.vector_norm(matrix, math.inf, (-2, -1))
 
 
 def decide_rank(

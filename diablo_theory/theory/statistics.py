@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.files import write_with
-from diablo_theory.theory.column_space import ColumnSpace, decide_rank, times_power, unit_scale
+from diablo_theory.theory.column_space import ColumnSpace, decide_rank, largest_magnitude, times_power, unit_scale
 from diablo_theory.theory.reduction import ReducedProblem
 from diablo_theory.theory.tolerances import tolerance
 
@@ -113,7 +113,7 @@ class LayerStatistics:
                 raise ValueError(f"{name} must have {size} columns, got shape {tuple(tensor.shape)}")
             if tensor.device != self.gram.device:
                 raise ValueError(f"{name} must be on {self.gram.device}, where the sums are, got {tensor.device}")
-            if not bool(torch.isfinite(tensor).all()):
+            if not bool(largest_magnitude(tensor.reshape(-1, size)).isfinite()):
                 raise NonFiniteError(f"{name} holds a NaN or an infinity; nothing of this batch was added")
         if X.shape[:-1] != R.shape[:-1]:
             raise ValueError(f"X and R must have as many tokens, got {tuple(X.shape[:-1])} and {tuple(R.shape[:-1])}")
