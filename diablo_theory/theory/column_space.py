@@ -113,7 +113,7 @@ def times_power(value: Float[Tensor, "*shape"], exponent: Int[Tensor, ...]) -> F
         value: Any shape.
         exponent: Broadcasts against it; from -3000 to 3000.
     """
-    parts = (exponent,)
+    parts: tuple[Tensor, ...] = (exponent,)
     if exponent.numel() and int(exponent.abs().max()) > 1022:  # 2^exponent itself may not be a float64
         parts = (exponent // 3, (exponent + 1) // 3, (exponent + 2) // 3)
     for part in parts:
@@ -140,7 +140,8 @@ def largest_magnitude(matrix: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*ba
     """The largest absolute entry, shape (...), 0 of an empty matrix; NaN where an entry is NaN."""
     if 0 in matrix.shape[-2:]:
         return matrix.new_zeros(matrix.shape[:-2])
-    return torch.linalg.vector_norm(matrix, math.inf, (-2, -1))
+    largest: Tensor = torch.linalg.vector_norm(matrix, math.inf, (-2, -1))
+    return largest
 
 
 def decide_rank(

@@ -21,7 +21,7 @@ from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.theory import optima
 from diablo_theory.theory.arithmetic import gaussian, seeded
 from diablo_theory.theory.column_space import ColumnSpace, column_space, written_groups
-from diablo_theory.theory.problems import TARGETS, low_rank_inputs, update_of_kind
+from diablo_theory.theory.problems import TARGETS, LinearProblem, low_rank_inputs, update_of_kind
 from diablo_theory.theory.reduction import ReducedProblem
 
 Cell = dict[str, str | int | float | bool]
@@ -126,8 +126,7 @@ def map_cells(*, rank: int, condition: float, **shared: Any) -> list[Cell]:
     Source: theory.md, L2, L4, L5, L6.
     """
     grid = Grid(ranks=[rank], conditions=[condition], **shared)
-    where = f"{grid.seed}/{rank}/{condition:g}"
-    space = column_space(low_rank_inputs(grid.rows, grid.size, rank, _draws(where), condition))
+    where, space = _place(grid), column_space(_input(grid))
     cells: list[Cell] = []
     common = (
         None if grid.target in _OF_LAYOUT else _Targets(space, grid, where, BlockLayout(grid.size, grid.outputs, 1))
@@ -135,8 +134,7 @@ def map_cells(*, rank: int, condition: float, **shared: Any) -> list[Cell]:
     for count in grid.block_counts:
         layout = BlockLayout(grid.size, grid.outputs, count)
         targets = common or _Targets(space, grid, f"{where}/{count}", layout)
-        A = gaussian(grid.size, optima.frozen_rank_at_budget(layout), _draws(f"{where}/{count}/A"))
-        gaps = targets.gaps(layout, A)
+        gaps = targets.gaps(layout, _frozen_factor(layout, where))
         for (t, target_rank), (s, noise) in itertools.product(enumerate(grid.target_ranks), enumerate(grid.noises)):
             coordinates: Cell = {
                 "rank_x": rank,
@@ -147,6 +145,55 @@ def map_cells(*, rank: int, condition: float, **shared: Any) -> list[Cell]:
             }
             cells.append(coordinates | _budget(layout, rank) | {name: float(gap[t, s]) for name, gap in gaps.items()})
     return cells
+
+
+def cell_problem(
+    task: dict[str, Any], num_blocks: int, target_rank: int = 1, noise: float = 0.0, draw: int = 0
+) -> tuple[LinearProblem, Float[Tensor, "m1 rho"]]:
+    """The problem behind one cell of a map, and LoRA's frozen A, as dense matrices.
+
+    Args:
+        task: One of :meth:`Grid.tasks`.
+        num_blocks: N.
+        target_rank: One of the grid's.
+        noise: One of the grid's.
+        draw: From 0 to the grid's draws - 1.
+
+    Returns:
+        The problem with W0 = 0, so that T is the residual, and A.
+    """
+    fields = {name: value for name, value in task.items() if name not in ("rank", "condition")}
+    grid = Grid(ranks=[task["rank"]], conditions=[task["condition"]], **fields)
+    layout, where = BlockLayout(grid.size, grid.outputs, num_blocks), _place(grid)
+    X = _input(grid)
+    above = f"{where}/{num_blocks}" if grid.target in _OF_LAYOUT else where
+    truth, E = _truth_and_noise(grid, layout, target_rank, f"{above}/{target_rank}/{draw}")
+    if truth is None or grid.target == "noise":
+        T = E
+    else:
+        signal = X @ truth
+        T = signal + noise * signal.norm() / E.norm() * E
+    W0 = torch.zeros(grid.size, grid.outputs, dtype=torch.float64)
+    return LinearProblem(X, W0, T, layout, truth), _frozen_factor(layout, where)
+
+
+def _place(grid: Grid) -> str:
+    return f"{grid.seed}/{grid.ranks[0]}/{grid.conditions[0]:g}"
+
+
+def _input(grid: Grid) -> Tensor:
+    return low_rank_inputs(grid.rows, grid.size, grid.ranks[0], _draws(_place(grid)), grid.conditions[0])
+
+
+def _frozen_factor(layout: BlockLayout, where: str) -> Tensor:
+    generator = _draws(f"{where}/{layout.num_blocks}/A")
+    return gaussian(layout.in_features, optima.frozen_rank_at_budget(layout), generator)
+
+
+def _truth_and_noise(grid: Grid, layout: BlockLayout, rank: int, where: str) -> tuple[Tensor | None, Tensor]:
+    generator = _draws(where)
+    truth = update_of_kind(grid.target, layout, generator, rank)
+    return truth, gaussian(grid.rows, grid.outputs, generator)
 
 
 def _draws(where: str) -> torch.Generator:
@@ -186,9 +233,7 @@ class _Targets:
     def _one(space: ColumnSpace, grid: Grid, layout: BlockLayout, rank: int, where: str) -> Float[Tensor, "s k m2"]:
         """One draw at every noise; the noise's norm is taken over all tokens, as in ``linear_problem``."""
         assert space.basis is not None
-        generator = _draws(where)
-        truth = update_of_kind(grid.target, layout, generator, rank)
-        draw = gaussian(grid.rows, grid.outputs, generator)
+        truth, draw = _truth_and_noise(grid, layout, rank, where)
         inside: Tensor = space.basis.mT @ draw
         if truth is None or grid.target == "noise":
             return inside[None]

@@ -2,11 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.linalg
-import torch
 
-from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import ConfigError
-from diablo_theory.theory.maps import Grid, map_cells
+from diablo_theory.theory.maps import Grid, cell_problem, map_cells
 from diablo_theory.theory.problems import TARGETS
 
 
@@ -63,7 +61,8 @@ def test_both_sides_of_the_map_exist(default_map):
 
 def plain_gaps(task, num_blocks, target_rank, noise):
     """One cell by scipy, method by method, from X and R as a reader would write it down."""
-    X, R, A, layout = instance(task, num_blocks, target_rank, noise)
+    problem, factor = cell_problem(task, num_blocks, target_rank, noise)
+    X, R, A, layout = problem.X.numpy(), problem.R.numpy(), factor.numpy(), problem.layout
 
     def missed(inputs, targets):
         fitted = inputs @ scipy.linalg.lstsq(inputs, targets, cond=1e-11)[0] if inputs.any() else 0 * targets
@@ -76,30 +75,6 @@ def plain_gaps(task, num_blocks, target_rank, noise):
     rho = layout.num_parameters // (layout.in_features + layout.out_features)
     lora = np.sum(np.linalg.svd(Q.T @ R, compute_uv=False)[rho:] ** 2)
     return (diablo - full) / captured, lora / captured, (missed(X @ A, R) - full) / captured
-
-
-def instance(task, num_blocks, target_rank, noise):
-    """X, R and the frozen A of a cell, drawn in the order that a map draws them, through dense matrices only."""
-    from diablo_theory.theory import maps
-    from diablo_theory.theory.problems import low_rank_inputs, update_of_kind
-
-    layout = BlockLayout(task["size"], task["outputs"], num_blocks)
-    where = f"{task['seed']}/{task['rank']}/{task['condition']:g}"
-    X = low_rank_inputs(task["rows"], task["size"], task["rank"], maps._draws(where), task["condition"])
-    A = torch.randn(
-        task["size"],
-        layout.num_parameters // task["outputs"],
-        generator=maps._draws(f"{where}/{num_blocks}/A"),
-        dtype=torch.float64,
-    )
-    of_layout = task["target"] in ("block-aligned", "sparse")
-    generator = maps._draws(f"{where}/{num_blocks}/{target_rank}/0" if of_layout else f"{where}/{target_rank}/0")
-    truth = update_of_kind(task["target"], layout, generator, target_rank)
-    E = torch.randn(task["rows"], task["outputs"], generator=generator, dtype=torch.float64)
-    if truth is None or task["target"] == "noise":
-        return X.numpy(), E.numpy(), A.numpy(), layout
-    signal = X @ truth
-    return X.numpy(), (signal + noise * signal.norm() / E.norm() * E).numpy(), A.numpy(), layout
 
 
 @pytest.mark.parametrize("target", TARGETS)
