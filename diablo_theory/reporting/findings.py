@@ -101,7 +101,8 @@ def _map(gap_map: pd.DataFrame) -> list[Finding]:
         f"at {ahead} of {len(points)} points, LoRA at {behind}; {len(points) - ahead - behind} are within 1%."
     )
     if len(inside):
-        text += f" Inside the theorem's region DiaBlo misses at most {100 * inside['diablo_gap'].max():.2g}%."
+        text += f" Inside the theorem's region DiaBlo misses at most {100 * inside['diablo_gap'].max():.2g}%, and so "
+        text += f"does LoRA with its A frozen at random ({100 * inside['frozen_gap'].max():.2g}%)."
     return [Finding("Map", text)]
 
 

@@ -20,6 +20,7 @@ from diablo_theory.reporting.maps import theory_map
 from diablo_theory.reporting.results import ResultsData, by_method
 from diablo_theory.reporting.style import GREY, RC, WIDTH, Look, looks, save
 from diablo_theory.reporting.tables import Tables, task_name
+from diablo_theory.reporting.verdicts import verdict_margins
 
 REPRODUCE = "nothing saved for it yet; `diablo-theory reproduce` produces it"
 TUNE = "no learning-rate search saved in this folder; `diablo-theory tune TASK --out FOLDER` produces it"
@@ -59,6 +60,7 @@ def save_figures(data: ResultsData, tables: Tables, folder: Path) -> tuple[list[
     note = scale_note(data)
     trained = data.runs[data.runs["run_id"].isin(list(data.logs)) & (data.runs["method"] != "none")]
     plans: dict[str, tuple[bool, Callable[[], Figure], str]] = {
+        "verdicts": (not data.verdicts.empty, lambda: styled(verdict_margins)(data.verdicts), REPRODUCE),
         "theory_map": (not data.gap_map.empty, lambda: styled(theory_map)(data.gap_map), REPRODUCE),
         "training": (not trained.empty, lambda: training(trained, data.logs, note), REPRODUCE),
         "results": (not tables.results.empty, lambda: results(tables.results, note), REPRODUCE),

@@ -23,8 +23,11 @@ EXAMPLES = 3
 PROFILE_OPTIONS = {"quick": ["--quick"], "full": ["--full"]}
 LONGEST = 700  # characters of a prompt or completion that the report shows
 CAPTIONS = {
+    "verdicts": "Verdicts. How far each measured quantity was from its tolerance: claims must lie right of zero, "
+    "controls, whose premise is broken on purpose, left of it.",
     "theory_map": "Theory map. The linear problem at equal numbers of parameters: the share of what full fine-tuning "
-    "captures that each method's best member misses (numbers: per cent), and which method is ahead.",
+    "captures that each method's best member misses (numbers: per cent), and whose is smallest. LoRA with a frozen "
+    "random A has as many parameters as DiaBlo.",
     "results": "Scores on unseen problems. Whiskers are 95% intervals; the loss is over answer tokens only.",
     "training": "Training. Bold: running mean; thin: every step. Gradient norms of different parameters are not on "
     "one scale: compare their course, not their height. LoRA's A has no gradient at first, since B starts at zero.",
@@ -192,7 +195,7 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
     parts.append(
         "\n".join(f"- **{topic}.** {finding.text}" for topic, same in context["findings"] for finding in same)
     )
-    sections = {"Theory": ("verdicts", ["theory_map"]), "Results": ("results", ["results"])}
+    sections = {"Theory": ("verdicts", ["verdicts", "theory_map"]), "Results": ("results", ["results"])}
     sections |= {"Differences": ("differences", []), "Training": ("", ["training"]), "Cost": ("costs", ["cost"])}
     sections |= {"Learning rates": ("learning_rates", ["learning_rates"])}
     for heading, (table, pictures) in sections.items():

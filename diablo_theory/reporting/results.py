@@ -23,7 +23,7 @@ COLUMNS = (
 )
 
 _VERDICT_COLUMNS = ["check", "statement", "role", "premise_margin", "claim_margin", "tolerance", "passed"]
-_MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "in_theorem"]
+_MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "frozen_gap", "in_theorem"]
 _ITEM_TEXT = ["cluster", "prompt", "answer", "completion"]
 _ITEM_COLUMNS = ["item", *_ITEM_TEXT, "exact", "lenient", "loss_sum", "tokens"]
 _RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test"]
@@ -87,7 +87,9 @@ def collect(results: Path) -> ResultsData:
     return ResultsData(
         path=results,
         manifest=manifest,
-        verdicts=_optional(results / "theory" / "verdicts.csv", _VERDICT_COLUMNS, ["check", "role", "passed"]),
+        verdicts=_optional(
+            results / "theory" / "verdicts.csv", _VERDICT_COLUMNS, ["check", "role", "claim_margin", "passed"]
+        ),
         gap_map=_optional(results / "theory" / "map.csv", _MAP_COLUMNS, _MAP_COLUMNS),
         runs=runs,
         logs={r: _read_log(f) for r, f in by_id.items() if (f / "log.csv").exists()},
@@ -190,8 +192,8 @@ def _theory_rows(data: ResultsData) -> list[dict[str, Any]]:
             passed = {"metric": "passed", "value": 100 * same["passed"].mean(), "n": len(same)}
             rows.append({"suite": "theory", "table": "verdicts", "method": check, "setting": role} | passed)
     for point in data.gap_map.to_dict("records"):
-        for method in ("diablo", "lora"):
-            where = {"method": method, "setting": f"rank X = {point['rank_x']}, N = {point['num_blocks']}"}
+        for method, name in (("diablo", "diablo"), ("lora", "lora"), ("frozen", "lora-frozen-a")):
+            where = {"method": name, "setting": f"rank X = {point['rank_x']}, N = {point['num_blocks']}"}
             gap = {"metric": "gap", "value": point[f"{method}_gap"], "trainable_params": point.get(f"{method}_params")}
             rows.append({"suite": "theory", "table": "map"} | where | gap)
     return rows

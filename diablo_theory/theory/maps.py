@@ -24,7 +24,8 @@ from diablo_theory.theory.column_space import ColumnSpace, column_space, written
 from diablo_theory.theory.problems import TARGETS, LinearProblem, low_rank_inputs, update_of_kind
 from diablo_theory.theory.reduction import ReducedProblem
 
-Cell = dict[str, str | int | float | bool]
+Cell = dict[str, Any]
+"""One flat record: see :func:`map_cells`."""
 #: Kinds of target that are made for one block layout, and so differ from one block count to the next.
 _OF_LAYOUT = ("block-aligned", "sparse")
 

@@ -143,6 +143,7 @@ def write_theory(folder: Path):
             point = {"rank_x": rank, "num_blocks": blocks, "block_rows": 64 // blocks, "diablo_params": 4096 // blocks}
             point |= {"lora_rank": rho, "lora_params": 128 * rho, "in_theorem": rank <= 64 // blocks}
             point |= {"diablo_gap": max(0, 1 - 64 / blocks / rank), "lora_gap": max(0, 1 - (rho / rank)) ** 1.5}
+            point |= {"frozen_rank": 64 // blocks, "frozen_gap": point["diablo_gap"]}
             points.append(point)
     pd.DataFrame(points).to_csv(folder / "theory" / "map.csv", index=False)
 

@@ -8,7 +8,7 @@ from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.style import looks
 from diablo_theory.reporting.tables import build
 
-STEMS = ["theory_map", "training", "results", "cost", "learning_rates"]
+STEMS = ["verdicts", "theory_map", "training", "results", "cost", "learning_rates"]
 
 
 def draw(results, folder):
@@ -55,7 +55,7 @@ def test_the_untouched_model_alone_has_scores_but_no_curves(make, tmp_path):
     make.manifest(tmp_path)
     make.run(tmp_path, "Untouched model")
     _, skipped = draw(tmp_path, tmp_path / "figures")
-    assert set(skipped) == {"theory_map", "training", "cost", "learning_rates"}
+    assert set(skipped) == {"verdicts", "theory_map", "training", "cost", "learning_rates"}
 
 
 def test_looks_differ_in_marker_and_line_too():

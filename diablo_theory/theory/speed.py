@@ -1,0 +1,286 @@
+"""Speed and scale of the closed forms, measured: maps against a plain loop, one layer of a 7B model, and growth.
+
+Times are compared in pairs, one after the other in one process, and reported as ratios: medians with the range of the
+pairs. Nothing here decides a test.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory import optima, starts
+from diablo_theory.theory.arithmetic import seeded
+from diablo_theory.theory.maps import Grid, cell_problem, map_cells
+from diablo_theory.theory.problems import LinearProblem
+from diablo_theory.theory.statistics import LayerStatistics
+from diablo_theory.theory.tolerances import tolerance
+
+Progress = Callable[[str], None]
+Result = TypeVar("Result")
+Floats = npt.NDArray[np.float64]
+COLUMNS: tuple[str, ...] = ("benchmark", "quantity", "value", "low", "high", "unit", "n", "setting")
+
+LARGE_GRID = Grid(
+    ranks=(4, 8, 12, 16, 24, 32, 48, 64, 96, 128),
+    conditions=(1.0, 10.0, 100.0, 1000.0, 10000.0),
+    target="low-rank",
+    target_ranks=(1, 2, 4, 8, 16, 32, 64, 128),
+    noises=(0.0, 0.01, 0.1, 0.3, 1.0),
+    block_counts=(2, 4, 8, 16, 32),
+    rows=256,
+    size=128,
+    outputs=128,
+    draws=1,
+)
+"""10,000 cells at b = 256, m1 = m2 = 128."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of a benchmark.
+
+    Args:
+        benchmark: "map", "layer" or "growth".
+        quantity: What was measured.
+        value: The median over repetitions, or the value where there is one.
+        low: The smallest.
+        high: The largest.
+        unit: Such as "times" or "s".
+        n: Repetitions.
+        setting: The sizes, readable.
+    """
+
+    benchmark: str
+    quantity: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    n: int
+    setting: str
+
+
+def measure(benchmark: str, quantity: str, values: Sequence[float], unit: str, setting: str) -> Measure:
+    """The line of one quantity from its repetitions."""
+    return Measure(benchmark, quantity, float(np.median(values)), min(values), max(values), unit, len(values), setting)
+
+
+def _timed(work: Callable[..., Result], *args: Any, **kwargs: Any) -> tuple[float, Result]:
+    started = time.perf_counter()
+    result = work(*args, **kwargs)
+    return time.perf_counter() - started, result
+
+
+def plain_gaps(problem: LinearProblem, A: Tensor) -> tuple[float, float, float]:
+    """The gaps of DiaBlo, LoRA and frozen-A LoRA on one problem, as a reader would write them with scipy.
+
+    Nothing is shared between methods: each has its least-squares solves (DiaBlo one for each block), and LoRA a
+    singular value decomposition.
+
+    Args:
+        problem: One linear problem; LoRA has the rank that DiaBlo's parameters buy.
+        A: The frozen factor, shape (m1, rho).
+
+    Returns:
+        The three gaps relative to what full fine-tuning captures.
+    """
+    X, R, layout = problem.X.numpy(), problem.R.numpy(), problem.layout
+
+    def fit(inputs: Floats, targets: Floats) -> Floats:
+        return np.asarray(inputs @ scipy.linalg.lstsq(inputs, targets, cond=tolerance("rank").value)[0])
+
+    def missed(inputs: Floats, targets: Floats) -> float:
+        return float(np.square(targets - fit(inputs, targets)).sum())
+
+    full, captured = missed(X, R), float(np.square(fit(X, R)).sum())
+    diablo = sum(missed(X[:, layout.rows(i)], R[:, layout.cols(i)]) for i in range(layout.count))
+    sigma = scipy.linalg.svd(fit(X, R), compute_uv=False)
+    lora = float(np.square(sigma[optima.lora_rank_at_budget(layout) :]).sum())
+    return (diablo - full) / captured, lora / captured, (missed(X @ A.numpy(), R) - full) / captured
+
+
+def map_against_loop(grid: Grid = LARGE_GRID, sample: int = 5, progress: Progress | None = None) -> pd.DataFrame:
+    """A whole map against the plain loop, input by input in turn, and the same numbers from both.
+
+    The loop is timed on a sample of each input's cells, drawn at random, since it takes seconds where the map takes
+    hundredths; a cell's time is the mean over the sample. Drawing the problems counts for the map and not for the
+    loop.
+
+    Args:
+        grid: The map; one draw a cell.
+        sample: Cells of each input that the loop does.
+        progress: Called with a short text before each input.
+
+    Returns:
+        Columns ``COLUMNS``: the loop's time a cell over the map's (one value an input), both times, and the largest
+        difference of any gap, as a share of what full fine-tuning captures.
+    """
+    generator = np.random.default_rng(grid.seed)
+    ratios, ours, theirs, off = [], [], [], 0.0
+    tasks = grid.tasks()
+    for number, task in enumerate(tasks):
+        if progress is not None:
+            progress(f"input {number + 1} of {len(tasks)}")
+        quick, cells = _timed(map_cells, **task)
+        slow = 0.0
+        for cell in (cells[i] for i in generator.choice(len(cells), min(sample, len(cells)), replace=False)):
+            problem, factor = cell_problem(task, cell["num_blocks"], cell["target_rank"] or 1, cell["noise"])
+            seconds, gaps = _timed(plain_gaps, problem, factor)
+            slow += seconds
+            found = (cell["diablo_gap"], cell["lora_gap"], cell["frozen_gap"])
+            off = max(off, *(abs(a - b) for a, b in zip(gaps, found, strict=True)))
+        ours.append(quick / len(cells))
+        theirs.append(slow / min(sample, len(cells)))
+        ratios.append(theirs[-1] / ours[-1])
+    setting = f"{grid.size_of} cells, b={grid.rows} m1={grid.size} m2={grid.outputs}"
+    lines = [
+        measure("map", "time of the plain loop over the map's", [sum(theirs) / sum(ours)], "times", setting),
+        measure("map", "the same, input by input", ratios, "times", setting),
+        measure("map", "largest difference of a relative gap", [off], "of captured", setting),
+        measure("map", "time of the map, all cells", [sum(ours) * grid.size_of / len(tasks)], "s", setting),
+    ]
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def activations(width: int, rows: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches (X, R) as a trained layer might see them: float32, a spectrum that decays a hundredfold.
+
+    Args:
+        width: m1 = m2.
+        rows: Tokens a batch.
+        generator: Where the draws come from.
+    """
+    spectrum = torch.logspace(0, -2, width)
+    W = torch.randn(width, width, generator=generator) / math.sqrt(width)
+    while True:
+        X = torch.randn(rows, width, generator=generator) * spectrum
+        yield X, X @ W + 0.01 * torch.randn(rows, width, generator=generator)
+
+
+def layer_at_scale(
+    width: int = 4096,
+    tokens: int = 65_536,
+    batch: int = 2048,
+    num_blocks: Sequence[int] = (16, 32, 64, 128),
+    pairs: int = 5,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """One square layer from its tokens to all optima: accumulation and closed forms against their bare linear algebra.
+
+    Args:
+        width: m1 = m2.
+        tokens: In all, a multiple of batch.
+        batch: Tokens at a time.
+        num_blocks: N; for each, DiaBlo, LoRA with a frozen A, and LoRA's tangent at its usual start, with LoRA's best
+            at every rank and full fine-tuning.
+        pairs: Batches whose bare products are timed beside the accumulation.
+        progress: Called with a short text before each part.
+
+    Returns:
+        Columns ``COLUMNS``: accumulation over the bare float64 products X^T X and X^T R of the same batch, all optima
+        over one ``eigh`` and one ``svdvals`` of the layer's size, and the captures.
+
+    Raises:
+        ValueError: If tokens is not a positive multiple of batch.
+    """
+    if tokens < batch or tokens % batch:
+        raise ValueError(f"tokens must be a positive multiple of batch = {batch}, got {tokens}")
+    tell = progress or (lambda text: None)
+    generator, sums, ratios = seeded(0), LayerStatistics.empty(width, width), []
+    stream = activations(width, batch, generator)
+    for number in range(tokens // batch):
+        tell(f"batch {number + 1} of {tokens // batch}")
+        X, R = next(stream)
+        if 1 <= number <= pairs:  # the first batch warms up
+            X64, R64 = X.double(), R.double()
+            bare = _timed(torch.matmul, X64.mT, X64)[0] + _timed(torch.matmul, X64.mT, R64)[0]
+            ratios.append(_timed(sums.add, X, R)[0] / bare)
+        else:
+            sums.add(X, R)
+    tell("bare eigh and svdvals")
+    base = _timed(torch.linalg.eigh, sums.gram)[0] + _timed(torch.linalg.svdvals, sums.cross)[0]
+    tell("all optima")
+    ours, rank = _timed(_all_optima, sums, num_blocks, generator)
+    setting = f"m1=m2={width} tokens={tokens} N={','.join(map(str, num_blocks))}"
+    lines = [
+        measure("layer", "accumulation over bare products", ratios, "times", setting),
+        measure("layer", "all optima over eigh + svdvals", [ours / base], "times", setting),
+        measure("layer", "eigh + svdvals", [base], "s", setting),
+        measure("layer", "rank X", [float(rank)], "directions", setting),
+    ]
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _all_optima(sums: LayerStatistics, num_blocks: Sequence[int], generator: torch.Generator) -> int:
+    """Every minimum and gap of a layer from its sums; returns the rank of X."""
+    problem = sums.reduce()
+    width, outputs = sums.cross.shape
+    optima.full_optimum(problem, minimiser=False)
+    optima.lora_relative_gaps(problem)
+    for count in num_blocks:
+        layout = BlockLayout(width, outputs, count)
+        optima.diablo_optimum(problem, layout, minimiser=False)
+        for rank in (optima.frozen_rank_at_budget(layout), optima.lora_rank_at_budget(layout)):
+            A = starts.usual_start(width, outputs, rank, generator).A
+            optima.frozen_lora_optimum(problem, A, minimiser=False)
+    return int(problem.space.rank)
+
+
+def growth(repeats: int = 3, progress: Progress | None = None) -> pd.DataFrame:
+    """Measured exponents: how time grows with tokens, width and the number of cells.
+
+    Each is the slope of log time over log size, the median over repetitions at each of four sizes a factor of two
+    apart.
+
+    Args:
+        repeats: Runs at each size.
+        progress: Called with a short text before each part.
+
+    Returns:
+        Columns ``COLUMNS``, one row an exponent; expected are 1 in tokens, 2 in width for accumulation, 3 for all
+        optima, and at most 1 in cells (cells share work).
+    """
+    sizes: dict[str, tuple[tuple[int, ...], Callable[[int], float]]] = {
+        "tokens, accumulation": ((4096, 8192, 16384, 32768), lambda n: _accumulate(512, n)),
+        "width, accumulation": ((256, 512, 1024, 2048), lambda n: _accumulate(n, 4096)),
+        "width, all optima": ((256, 512, 1024, 2048), _optima_of_width),
+        "cells, map": ((5, 10, 20, 40), _cells),
+    }
+    lines = []
+    for name, (values, timed) in sizes.items():
+        if progress is not None:
+            progress(f"exponent in {name}")
+        timed(values[0])  # warm up
+        slopes = []
+        for _ in range(repeats):
+            times = [timed(value) for value in values]
+            slopes.append(float(np.polyfit(np.log(values), np.log(times), 1)[0]))
+        lines.append(measure("growth", f"exponent in {name}", slopes, "", f"{values[0]} to {values[-1]}"))
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def _accumulate(width: int, tokens: int) -> float:
+    stream, sums = activations(width, 1024, seeded(0)), LayerStatistics.empty(width, width)
+    return sum(_timed(sums.add, *next(stream))[0] for _ in range(tokens // 1024))
+
+
+def _optima_of_width(width: int) -> float:
+    sums = LayerStatistics.of([next(activations(width, 4 * width, seeded(0)))])
+    return _timed(_all_optima, sums, (16, 32, 64, 128), seeded(0))[0]
+
+
+def _cells(noises: int) -> float:
+    grid = Grid(ranks=(32,), target="low-rank", noises=tuple(range(noises)), rows=128, draws=1)
+    return _timed(map_cells, **grid.tasks()[0])[0]
