@@ -34,7 +34,7 @@ def test_one_file_that_loads_nothing(written):
     names = {tag for tag, _ in tags.found}
     assert not names & {"script", "link", "iframe", "object"}
     images = [attrs for tag, attrs in tags.found if tag == "img"]
-    assert len(images) == 5
+    assert len(images) == 6
     assert all(attrs["src"].startswith("data:image/png;base64,") and attrs["alt"] for attrs in images)
     targets = {attrs["href"] for tag, attrs in tags.found if tag == "a"}
     assert targets <= {f"#{attrs['id']}" for _, attrs in tags.found if "id" in attrs}
