@@ -55,9 +55,10 @@ def test_tasks_run_on_the_two_workers_and_results_come_as_they_finish(address, t
 def test_a_killed_worker_costs_only_its_own_task(address, tmp_path):
     table = sweep(noted, noted_tasks(tmp_path, {"c": 1}), cluster=address)
     assert list(table["name"]) == list("abcdef")
-    assert calls_of(tmp_path)["c"] == 2
-    # The scheduler does again what the dead worker had finished and not handed over yet.
-    assert sum(calls_of(tmp_path).values()) <= 6 + 2
+    calls = calls_of(tmp_path)
+    assert calls["c"] == 2
+    # The scheduler does again what the dead worker had finished and not handed over yet: one result at most.
+    assert sum(calls.values()) <= 6 + 2
 
 
 def test_a_task_that_always_kills_is_named_and_the_others_are_kept(address, tmp_path):
@@ -84,7 +85,7 @@ def test_a_cluster_of_one_worker_is_used_and_its_end_in_the_middle_is_told(tmp_p
         table = sweep(noted, tasks, cluster=cluster.scheduler_address)
         assert os.getpid() not in set(table["process"])
         for task in tasks[1:]:
-            task["delay"] = 60.0
+            task["delay"] = 1.5
 
         def end_it(finished, total):
             if finished == 1:
