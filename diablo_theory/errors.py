@@ -30,6 +30,14 @@ class ResultsError(DiabloTheoryError, ValueError):
     """A results folder that this version cannot continue or read."""
 
 
+class SweepError(DiabloTheoryError, RuntimeError):
+    """Tasks of a sweep that failed, or a cluster that cannot be used."""
+
+
+class WorkerDiedError(SweepError):
+    """A process that ended in the middle of a task: killed, out of memory, or crashed in native code."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name a misspelt one is closest to.
 

@@ -11,10 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from diablo_theory.errors import ResultsError
 
 #: How the names of files and folders begin that are not whole yet.
 PARTIAL = ".partial-"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process while the block lasts; it is made if need be.
+
+    Raises:
+        ResultsError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ResultsError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sweep(folder: Path) -> None:

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
-from diablo_theory.files import read_json, sweep, write_json, write_with
+from diablo_theory.files import locked, read_json, sweep, write_json, write_with
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_yaml, resolve
 from diablo_theory.methods import Method
@@ -133,15 +132,9 @@ class Reproduction:
             ModelUnavailableError: If the pretrained model is not to be had.
             ConfigError: If a method does not fit the model.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self.out / ".lock", timeout=0):
-                sweep(self.out)
-                return self._run(board_of(self._expected()))
-        except filelock.Timeout:
-            raise ResultsError(
-                f"another process is at work in {self.out}: wait for it, or choose another --out"
-            ) from None
+        with locked(self.out):
+            sweep(self.out)
+            return self._run(board_of(self._expected()))
 
     def _run(self, board: Board) -> Path:
         manifest = self._read_manifest()

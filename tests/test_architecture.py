@@ -25,6 +25,7 @@ ALLOWED = {
     "reporting": {"errors", "files"},
     "progress": set(),
     "provenance": {"__version__"},
+    "sweeps": {"errors", "files", "__version__"},
     "tune": {"errors", "files", "methods", "finetune", "progress", "reporting"},
     "reproduce": {"errors", "files", "bench", "finetune", "methods", "progress", "provenance", "reporting"}
     | {"theory", "tune", "tuner", "__version__"},

@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from diablo_theory import files
+from diablo_theory.errors import ResultsError
 
 
 class DiskFullError(OSError):
@@ -107,3 +108,10 @@ def test_write_with_passes_a_path_of_the_same_suffix(tmp_path):
     path = tmp_path / "a.npz"
     files.write_with(path, lambda aside: aside.write_bytes(aside.suffix.encode()))
     assert path.read_bytes() == b".npz"
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "results"
+    for _ in range(2):  # free again after the first
+        with files.locked(folder), pytest.raises(ResultsError, match=f"another process is at work in {folder}"):
+            files.locked(folder).__enter__()

@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import filelock
 import pandas as pd
 import transformers
 from safetensors.torch import load_file
 
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError
-from diablo_theory.files import read_json, sweep, write_json, write_with
+from diablo_theory.files import locked, read_json, sweep, write_json, write_with
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import encode
 from diablo_theory.finetune.evaluate import evaluate
@@ -75,14 +74,10 @@ def execute(
         NonFiniteError: If training diverges, or did so in an earlier attempt.
         ModelUnavailableError: If the model is not to be had.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            check_owner(folder, config)
-            sweep(folder)
-            return finished(folder) or _execute(config, folder, board, load)
-    except filelock.Timeout:
-        raise ResultsError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+    with locked(folder):
+        check_owner(folder, config)
+        sweep(folder)
+        return finished(folder) or _execute(config, folder, board, load)
 
 
 def _execute(config: RunConfig, folder: Path, board: Board, load: Callable[[str, str], LoadedModel]) -> dict[str, Any]:
