@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import threading
@@ -6,6 +7,7 @@ import time
 import joblib
 import psutil
 import pytest
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from sweep_tasks import calls_of, noted_outcome
 
 from diablo_theory.errors import WorkerDiedError
@@ -44,6 +46,22 @@ def test_a_task_that_always_kills_is_given_up_and_takes_no_other_with_it(tmp_pat
     assert isinstance(error, WorkerDiedError)
     assert "SIGKILL" in str(error.__cause__)
     assert calls_of(tmp_path)["b"] == 3
+
+
+def test_who_was_under_way_at_two_deaths_runs_alone_before_the_rest_goes_on():
+    begun = []
+
+    def two_workers(calls):
+        """Begins two calls at a time; both end where call 2 is among them."""
+        while pair := list(itertools.islice(calls, 2)):
+            begun.append(pair)
+            if 2 in pair:
+                raise TerminatedWorkerError
+            yield from ((index, "[]") for index in pair)
+
+    found = dict(outcomes(two_workers, {index: index for index in range(6)}, attempts=4))
+    assert begun == [[0, 1], [2, 3], [2, 3], [2], [2], [3], [4, 5]]
+    assert [index for index in sorted(found) if isinstance(found[index], WorkerDiedError)] == [2]
 
 
 def test_an_interrupt_ends_the_workers(tmp_path):
