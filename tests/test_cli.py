@@ -61,10 +61,11 @@ def test_bad_input_is_one_clear_message_and_harms_nothing(shell, tmp_path, argum
 
 
 def test_verify_prints_verdicts_and_writes_them(shell, tmp_path):
-    status, out, _ = shell("verify", "L2", "--trials", "1", "--csv", "verdicts.csv")
+    status, out, _ = shell("verify", "L2", "--trials", "1", "--out", "here")
     assert status == 0
     assert "control" in out
-    assert pd.read_csv(tmp_path / "verdicts.csv")["passed"].all()
+    assert pd.read_csv(tmp_path / "here" / "verdicts.csv")["passed"].all()
+    assert {path.suffix for path in (tmp_path / "here").iterdir()} == {".csv", ".pdf", ".png"}
 
 
 def test_a_failing_verdict_is_a_failing_exit(shell, monkeypatch):

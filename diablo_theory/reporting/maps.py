@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -14,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
+from rich.table import Table
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION, WIDTH
+from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION, RC, WIDTH
 
 TIE = 0.01  # gaps closer than one per cent of what full fine-tuning captures count as equal
 METHODS = {"diablo_gap": "DiaBlo", "lora_gap": "LoRA", "frozen_gap": "LoRA, frozen A"}
@@ -109,6 +111,62 @@ def lead_maps(cells: pd.DataFrame, x: str, y: str, across: str, up: str | None =
     figure.supylabel(AXES[y], fontsize=9)
     figure.legend(handles=_keys(seen, tables), loc="outside upper left", ncols=3, handlelength=1.6)
     return figure
+
+
+def draw_map(cells: pd.DataFrame) -> list[tuple[str, Figure]]:
+    """The figures of a map by file name, in this project's style, for whatever coordinates vary.
+
+    Rank X and N come first; up to two further coordinates become columns and rows of small maps. Where more vary, the
+    gaps are drawn for the first value of each further one, and the file name says so.
+
+    Args:
+        cells: As in :func:`theory_map`.
+
+    Raises:
+        ResultsError: If there is nothing to draw.
+    """
+    x, y, *others = sorted(AXES, key=lambda name: (name not in varying(cells), list(AXES).index(name)))
+    others = [name for name in others if name in varying(cells)]
+    drawn = []
+    with mpl.rc_context(RC):
+        if len(others) in (1, 2):
+            drawn.append(("map_leads", lead_maps(cells, x, y, *others)))
+        part, stem = cells, "map_gaps"
+        for name in others:
+            first = cells[name].min()
+            part, stem = part[part[name] == first], f"{stem}_{name}_{first:g}"
+        drawn.append((stem, theory_map(part, x, y)))
+    return drawn
+
+
+def map_table(cells: pd.DataFrame) -> Table:
+    """A map for the terminal: who misses least, inside and outside the theorem's region, by what varies besides."""
+    if cells.empty:
+        raise ResultsError("the map holds no cells")
+    others = [name for name in varying(cells) if name not in ("rank_x", "num_blocks")]
+    gaps = cells[list(METHODS)].to_numpy()
+    ahead = gaps <= gaps.min(axis=1, keepdims=True) + TIE
+    single = ahead.sum(axis=1) == 1
+    table = Table(title="Cells by who misses least of what full fine-tuning captures", title_justify="left")
+    table.caption = "D: DiaBlo; F: LoRA with a frozen A; DF: these two within 1%; L: LoRA"
+    for heading in (
+        *(_SHORT[name] for name in others),
+        "theorem's region",
+        "cells",
+        "D",
+        "DF",
+        "F",
+        "L",
+        "none by 1%",
+    ):
+        table.add_column(heading, justify="right")
+    for where, part in cells.groupby([*others, "in_theorem"], sort=True):
+        at = cells.index.get_indexer(part.index)
+        wins = [int((single[at] & ahead[at, k]).sum()) for k in range(3)]
+        both = int((ahead[at, 0] & ahead[at, 2] & ~ahead[at, 1]).sum())
+        counts = (len(part), wins[0], both, wins[2], wins[1], len(part) - sum(wins) - both)
+        table.add_row(*(f"{value:g}" for value in where[:-1]), "inside" if where[-1] else "outside", *map(str, counts))
+    return table
 
 
 def varying(cells: pd.DataFrame) -> list[str]:

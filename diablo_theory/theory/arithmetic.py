@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diablo_theory.errors import NonFiniteError
+from diablo_theory.errors import ConfigError, NonFiniteError, nearest
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
 
@@ -32,6 +32,22 @@ class Arithmetic:
 
 
 FLOAT64 = Arithmetic()
+
+
+def arithmetic_of(dtype: str, device: str) -> Arithmetic:
+    """The arithmetic of two names, such as "float32" and "cuda".
+
+    Raises:
+        ConfigError: If the precision is not one that problems are given in, or the device cannot be used here.
+    """
+    known = {str(one).removeprefix("torch."): one for one in DTYPES}
+    if dtype not in known:
+        raise ConfigError(f"unknown dtype {dtype!r}.{nearest(dtype, known)}")
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return Arithmetic(known[dtype], device)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -1,51 +1,19 @@
-"""The command line: parses, calls, prints. Heavy imports happen inside the commands, so that --help is quick."""
+"""The commands on real models: reproduce, train, tune, report."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from diablo_theory import __version__
-from diablo_theory.errors import DiabloTheoryError
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    help=(
-        "Fine-tuning only the diagonal blocks of weight matrices (DiaBlo): the theory as executable checks, and real "
-        "language models trained with it beside LoRA and full fine-tuning.\n\n"
-        "Start with `diablo-theory reproduce --quick` (3 minutes on two CPU cores) and open the report it names."
-    ),
-)
-console = Console()
-INTERRUPTED = 130  # what shells report for Ctrl-C
+from diablo_theory.cli.common import app, console
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an unfinished one is continued.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Any key of experiments/defaults.yaml, such as `steps=100`."),
 ]
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        console.print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    """Options before the command."""
 
 
 @app.command()
@@ -82,39 +50,6 @@ def reproduce(
     for failure in reproduction.failures:
         console.print(f"[bold red]failed:[/bold red] {failure}", highlight=False)
     if reproduction.failures or not passed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def verify(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[CHECK]...", help="Such as `L2 S1`; all checks without one.")
-    ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Random instances of each check.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Where all random draws come from.")] = 0,
-    csv: Annotated[Path | None, typer.Option(help="Also write every verdict to this file.")] = None,
-) -> None:
-    """Check the theory on random problems, each claim beside a control that must fail.
-
-    Exits with 1 when a verdict fails: a claim that does not hold, or a control that does.
-
-    Example: `diablo-theory verify L2 S1 --trials 20`
-    """
-    from diablo_theory.files import write_with
-    from diablo_theory.reporting.report import verdict_table
-    from diablo_theory.theory.checks import CHECKS, run_checks
-
-    with console.status("checking") as status:
-        verdicts = run_checks(names or None, trials, seed, progress=status.update)
-    if csv is not None:
-        write_with(csv, lambda path: verdicts.to_csv(path, index=False))
-    console.print(verdict_table(verdicts))
-    for name in dict.fromkeys(verdicts["check"]):
-        console.print(f"[bold]{name}[/bold] {CHECKS[name].statement}", highlight=False)
-    console.print(
-        "A claim passes when premise and statement hold; a control breaks the premise, and passes when neither does."
-    )
-    if not verdicts["passed"].all():
         raise typer.Exit(1)
 
 
@@ -207,28 +142,3 @@ def _show(out: Path, page: Path) -> bool:
     console.print(summary(data))
     console.print(f"\nReport: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
     return data.verdicts.empty or bool(data.verdicts["passed"].all())
-
-
-def main() -> None:
-    """Entry point: expected failures become one message and a non-zero exit."""
-    # One run uses one GPU: with several, Trainer would split batches over them and change what a step is.
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    # Every download is explicit and named; nothing is to be asked of a hub behind the user's back.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer has caught the Ctrl-C
-            _fail("stopped. Run the same command again: it goes on from the last finished piece.", INTERRUPTED)
-        raise
-    except DiabloTheoryError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        what = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
-        _fail(f"{what}. Nothing that was whole is lost: mend it and run the same command again.", 1)
-
-
-def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
-    sys.exit(code)

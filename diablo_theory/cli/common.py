@@ -1,0 +1,84 @@
+"""What all commands share: the application, the console, and how a failure is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from diablo_theory import __version__
+from diablo_theory.errors import ConfigError, DiabloTheoryError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help=(
+        "Fine-tuning only the diagonal blocks of weight matrices (DiaBlo): the theory as executable checks, and real "
+        "language models trained with it beside LoRA and full fine-tuning.\n\n"
+        "Start with `diablo-theory reproduce --quick` (3 minutes on two CPU cores) and open the report it names."
+    ),
+)
+console = Console()
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+@contextmanager
+def options_checked() -> Iterator[None]:
+    """Tell of a value that the library refuses as of a mistake in the options, without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def wrote(paths: list[Path]) -> None:
+    """Say which files were written."""
+    for path in paths:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: expected failures become one message and a non-zero exit."""
+    # One run uses one GPU: with several, Trainer would split batches over them and change what a step is.
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    # Every download is explicit and named; nothing is to be asked of a hub behind the user's back.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught the Ctrl-C
+            _fail("stopped. Run the same command again: it goes on from the last finished piece.", INTERRUPTED)
+        raise
+    except DiabloTheoryError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        what = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+        _fail(f"{what}. Nothing that was whole is lost: mend it and run the same command again.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
+    sys.exit(code)
