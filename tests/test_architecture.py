@@ -22,6 +22,7 @@ ALLOWED = {
     "methods": {"blocks", "tuner"},
     "finetune": GROUND | {"methods", "provenance"},
     "bench": {"methods", "finetune"},
+    "diagnose": {"errors", "finetune", "theory"},
     "reporting": {"errors", "files"},
     "progress": set(),
     "provenance": {"__version__"},

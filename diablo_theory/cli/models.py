@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diablo_theory.cli.common import app, console
+from diablo_theory.cli.common import app, console, options_checked, wrote
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an unfinished one is continued.")]
 Overrides = Annotated[
@@ -116,6 +116,65 @@ def tune(
         raise ConfigError(f"--grid must be comma-separated numbers, got {grid!r}") from None
     rows = tuning.tune(task, chosen, rates, parse_overrides(overrides or []), out, Board(console))
     console.print(learning_rate_table(rows))
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Option(help="Known name, local folder or hub id.")] = "SmolLM2-135M-Instruct",
+    task: Annotated[str, typer.Option(help="word_problems or docstrings: the text, and the loss on its answers.")] = (
+        "docstrings"
+    ),
+    items: Annotated[int, typer.Option(min=1, help="Training examples to look at.")] = 64,
+    blocks: Annotated[int, typer.Option(min=1, help="Number of blocks N.")] = 64,
+    modules: Annotated[str, typer.Option(help="Comma-separated last parts of layer names.")] = (
+        "q_proj,k_proj,v_proj,up_proj,down_proj"
+    ),
+    depths: Annotated[int, typer.Option(min=1, help="Blocks of the model to look at, evenly spaced.")] = 4,
+    device: Annotated[str, typer.Option(help="auto takes a GPU when there is one.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for layers.csv, captures.csv, statistics.safetensors and the figure.")
+    ] = None,
+) -> None:
+    """Say of a real model's layers which side of the theorem they are on, and what each method could capture.
+
+    Nothing is trained: one pass over the examples records inputs and output gradients. For each layer: the rank that
+    holds 99% of its inputs' energy beside the block height d1, and the share of the change that the loss asks for that
+    DiaBlo, LoRA (its best member, and the directions open at its usual start) and LoRA with a frozen A can make.
+
+    Example: `diablo-theory diagnose --items 32 --depths 2 --out results/diagnosis`
+    """
+    from diablo_theory import diagnose as diagnosis
+    from diablo_theory.errors import ConfigError, nearest
+    from diablo_theory.files import write_with
+    from diablo_theory.finetune.models import load_model, loading
+    from diablo_theory.finetune.tasks import TASKS
+    from diablo_theory.progress import Board
+    from diablo_theory.reporting.captures import capture_figure, layer_table
+    from diablo_theory.reporting.style import save
+    from diablo_theory.theory.statistics import save_statistics
+
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}.{nearest(task, TASKS)}")
+    board, size = Board(console), 8
+    with board.piece(loading(model), 1) as advance:
+        loaded = load_model(model, device)
+        advance(1)
+    layers = diagnosis.layers_at(loaded.model, modules.split(","), depths)
+    examples = TASKS[task].examples("train", items, 0)
+    with board.piece(f"record {len(layers)} layers", -(-len(examples) // size)) as advance:
+        sums = diagnosis.record_layers(loaded, examples, layers, size, lambda _: advance(1))
+    with board.piece("captures", len(layers)) as advance, options_checked():
+        found = diagnosis.layer_captures(loaded, sums, blocks, progress=lambda _: advance(1))
+    with board.piece("certificates", 1) as advance:
+        table = diagnosis.layer_summary(found, sums, blocks)
+        advance(1)
+    console.print(layer_table(table))
+    if out is not None:
+        write_with(out / "layers.csv", lambda path: table.to_csv(path, index=False))
+        write_with(out / "captures.csv", lambda path: found.to_csv(path, index=False))
+        save_statistics(out / "statistics.safetensors", sums)
+        files = [out / name for name in ("layers.csv", "captures.csv", "statistics.safetensors")]
+        wrote([*files, *save(capture_figure(found), out, "captures")])
 
 
 @app.command()

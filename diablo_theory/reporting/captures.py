@@ -1,0 +1,78 @@
+"""What each method could capture in the layers of a real model: a figure and a table for the terminal."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.table import Table
+
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, RC, WIDTH
+
+# (method, start): legend, colour, marker, filled
+_SHOWN = {
+    ("lora", "any"): ("LoRA, best of its rank", LORA_VERMILLION, "^", True),
+    ("lora", "usual"): ("LoRA, open at its usual start", LORA_VERMILLION, "^", False),
+    ("lora", "lora-ga"): ("LoRA, open at LoRA-GA's start", GREY, "x", True),
+    ("lora-frozen-a", "usual"): ("LoRA, frozen A", "#E69F00", "s", True),
+    ("diablo", "zero"): ("DiaBlo", DIABLO_BLUE, "o", True),
+}
+
+
+def capture_figure(captures: pd.DataFrame) -> Figure:
+    """Captured shares by layer at equal parameters.
+
+    Args:
+        captures: Columns ``layer, num_blocks, method, start, capture``; one number of blocks.
+    """
+    layers = list(dict.fromkeys(captures["layer"]))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.2 * len(layers)))
+        axes = figure.subplots()
+        for (method, start), (label, color, marker, filled) in _SHOWN.items():
+            part = captures[(captures["method"] == method) & (captures["start"] == start)]
+            place = part["layer"].map(layers.index).to_numpy(float)
+            face = color if filled else "none"
+            axes.plot(part["capture"], place, marker, color=color, markerfacecolor=face, label=label)
+        axes.set_yticks(np.arange(len(layers)), [_short(name) for name in layers], fontsize=7)
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xlabel(
+            "captured of the output change that the loss asks for, relative to full fine-tuning of the layer"
+        )
+        figure.legend(loc="outside upper left", ncols=3)
+        return figure
+
+
+def _short(layer: str) -> str:
+    """Without what the layers of every Llama-type model have in common."""
+    return layer.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
+
+
+def layer_table(layers: pd.DataFrame) -> Table:
+    """One line a layer for the terminal.
+
+    Args:
+        layers: What ``diagnose.layer_summary`` returned.
+    """
+    table = Table(title="Layers, each method at DiaBlo's parameters", title_justify="left")
+    headings = ("layer", "d1", "rank 99%", "premise", "DiaBlo", "LoRA best", "LoRA start", "frozen A", "leak share")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=heading == "layer")
+    for row in layers.to_dict("records"):
+        captures = [
+            f"{100 * row[f'capture_{name}']:.0f}%" for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")
+        ]
+        leak = row["leak"] / row["grad_full"] if row["grad_full"] else 0.0
+        holds = "holds" if row["premise_holds"] else "fails"
+        table.add_row(
+            _short(row["layer"]), str(row["block_rows"]), str(row["energy_rank"]), holds, *captures, f"{leak:.2f}"
+        )
+    table.caption = (
+        "rank 99%: directions that hold 99% of the inputs' energy; premise: every X_i has the rank of X; percentages: "
+        "captured of what full fine-tuning of the layer captures; leak share: S3's leak over the full gradient"
+    )
+    return table
