@@ -25,7 +25,7 @@ def test_links_lead_somewhere(target):
 
 
 def test_every_command_is_listed_and_every_listed_command_exists():
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(re.findall(r"^\| `diablo-theory (\w+)", README, flags=re.MULTILINE)) == commands
 
 
