@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from diablo_theory.theory import gradients, networks, stationarity, stationary_points
+from diablo_theory.theory import gradients, network_instances, stationarity, stationary_points
 from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.gradients import LayerGradients
 from diablo_theory.theory.networks import flat
@@ -20,10 +20,10 @@ from diablo_theory.theory.verdicts import Premise, Trial, Verdict
 # M W_k and M^T W_q (or M W_o^T and W_v^T M), whose blocks are 2 m^2 / N linear functions of M, so that for N <= 2 they
 # vanish with M only, and their full gradients with them, whatever the ranks
 _NETWORKS = (
-    partial(networks.mlp_problem, (9, 7, 5), (3, 2), 24),
-    partial(networks.mlp_problem, (9, 7, 5), (3, 2), 24, activation="relu"),
-    partial(networks.mlp_problem, (7, 5, 7), (3, 2), 24, activation="gelu", head_width=5),
-    partial(networks.attention_problem, 5, 6, 3, 6, 4),
+    partial(network_instances.mlp_problem, (9, 7, 5), (3, 2), 24),
+    partial(network_instances.mlp_problem, (9, 7, 5), (3, 2), 24, activation="relu"),
+    partial(network_instances.mlp_problem, (7, 5, 7), (3, 2), 24, activation="gelu", head_width=5),
+    partial(network_instances.attention_problem, 5, 6, 3, 6, 4),
 )
 
 

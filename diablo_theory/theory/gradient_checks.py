@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import gradients, networks
+from diablo_theory.theory import gradients, network_instances, networks
 from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.gradients import Factors
 from diablo_theory.theory.networks import NetworkProblem, Update, flat
@@ -19,12 +19,12 @@ from diablo_theory.theory.verdicts import Premise, Trial, Verdict
 # tanh: three layers that divide; ragged rectangular ones; more blocks than outputs. Then smooth and kinked
 # activations, a frozen head, and ragged attention
 _NETWORKS = (
-    partial(networks.mlp_problem, (12, 18, 12, 6), (3, 6, 2), 16),
-    partial(networks.mlp_problem, (13, 17, 7), (3, 4), 16),
-    partial(networks.mlp_problem, (10, 14, 3), (5, 6), 16),
-    partial(networks.mlp_problem, (9, 14, 8), (3, 4), 16, activation="gelu", head_width=3),
-    partial(networks.mlp_problem, (11, 16, 9), (2, 3), 16, activation="relu"),
-    partial(networks.attention_problem, 13, 17, 3, 4, 3),
+    partial(network_instances.mlp_problem, (12, 18, 12, 6), (3, 6, 2), 16),
+    partial(network_instances.mlp_problem, (13, 17, 7), (3, 4), 16),
+    partial(network_instances.mlp_problem, (10, 14, 3), (5, 6), 16),
+    partial(network_instances.mlp_problem, (9, 14, 8), (3, 4), 16, activation="gelu", head_width=3),
+    partial(network_instances.mlp_problem, (11, 16, 9), (2, 3), 16, activation="relu"),
+    partial(network_instances.attention_problem, 13, 17, 3, 4, 3),
 )
 _LORA_RANK, _LORA_SCALE = 2, 2.0
 
@@ -213,7 +213,7 @@ def _nonzero(trial: Trial, role: str, problem: NetworkProblem) -> Verdict:
 
 def _unmatched(generator: torch.Generator, arithmetic: Arithmetic) -> NetworkProblem:
     """One linear layer whose inputs are zero outside the first group, and whose errors are outside the second."""
-    problem = networks.mlp_problem((12, 9), (3,), 8, generator, arithmetic=arithmetic)
+    problem = network_instances.mlp_problem((12, 9), (3,), 8, generator, arithmetic=arithmetic)
     (layout,) = problem.layouts
     inputs = torch.zeros_like(problem.inputs)
     inputs[:, layout.rows(0)] = problem.inputs[:, layout.rows(0)]

@@ -66,8 +66,8 @@ _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
     "stationarity": {
         torch.float64: Tolerance(
             1e-4,
-            "1e-4: descent brings ||grad D|| below 1e-6 of ||grad W|| at the start, and the instances amplify that by "
-            "at most 1e2, the conditioning that their shapes are chosen for.",
+            "1e-4: descent brings ||grad D|| below 1e-7 of ||grad W|| at the start, and the instances amplify that by "
+            "at most 1e3, the conditioning that their shapes are chosen for.",
         ),
         torch.float32: Tolerance(
             8192 * _EPS[torch.float32],

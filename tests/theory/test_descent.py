@@ -5,7 +5,8 @@ from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import descent, optima
 from diablo_theory.theory.arithmetic import Arithmetic, seeded
 from diablo_theory.theory.gradients import layer_gradients
-from diablo_theory.theory.networks import flat, forward, mlp_problem
+from diablo_theory.theory.network_instances import mlp_problem
+from diablo_theory.theory.networks import flat, forward
 from diablo_theory.theory.problems import linear_problem
 
 

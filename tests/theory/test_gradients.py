@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from diablo_theory.theory import gradients
 from diablo_theory.theory.arithmetic import gaussian, seeded
-from diablo_theory.theory.networks import attention_problem, flat, mlp_problem
+from diablo_theory.theory.network_instances import attention_problem, mlp_problem
+from diablo_theory.theory.networks import flat
 from diablo_theory.theory.stationarity import certificate, rank_premise
 
 NETWORKS = {

@@ -5,7 +5,8 @@ import torch
 
 from diablo_theory.theory.arithmetic import Arithmetic, seeded
 from diablo_theory.theory.gradients import layer_gradients
-from diablo_theory.theory.networks import attention_problem, flat, forward, mlp_problem
+from diablo_theory.theory.network_instances import attention_problem, mlp_problem
+from diablo_theory.theory.networks import flat, forward
 from diablo_theory.theory.stationarity import rank_premise
 from diablo_theory.theory.stationary_points import output_jacobian, with_stationary_targets
 
