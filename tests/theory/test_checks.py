@@ -14,10 +14,15 @@ from diablo_theory.theory.checks import CHECKS, COLUMNS, run_checks
 from diablo_theory.theory.problems import linear_problem
 
 
+def trials(name):
+    """One trial of a check on networks holds all of its cases; those on linear problems may take theirs in turn."""
+    return 4 if name.startswith("L") else 1
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_verdict_passes(name, seed):
-    table = run_checks([name], trials=4, seed=seed)
+    table = run_checks([name], trials=trials(name), seed=seed)
     failed = table[~table.passed]
     assert failed.empty, failed.to_string()
     assert set(table.role) == {"claim", "control"}
@@ -26,7 +31,7 @@ def test_every_verdict_passes(name, seed):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_margins_carry_the_sign_of_what_holds(name):
-    table = run_checks([name], trials=2)
+    table = run_checks([name], trials=trials(name))
     assert ((table.premise_margin > 0) == table.premise_holds).all()
     assert ((table.claim_margin > 0) == table.claim_holds).all()
 
