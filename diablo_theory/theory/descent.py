@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import numpy as np
+import numpy.typing as npt
+import scipy.optimize
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory import ops
-from diablo_theory.theory.networks import NetworkProblem, Update, forward
+from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory.networks import NetworkProblem, Update, flat, forward
 from diablo_theory.theory.problems import LinearProblem
 
 
@@ -41,44 +43,11 @@ def gradient_descent(problem: LinearProblem, step: float, iterations: int) -> Fl
     return torch.stack(iterates)
 
 
-@dataclass(frozen=True)
-class LayerGradients:
-    """What autograd says of one layer.
-
-    Args:
-        X: The layer's inputs, shape (b, m1).
-        g: The loss's gradient at its output, shape (b, m2).
-        blocks: The loss's gradient at the layer's blocks and tail, through the block product.
-    """
-
-    X: Float[Tensor, "b m1"]
-    g: Float[Tensor, "b m2"]
-    blocks: Update
-
-
-def layer_gradients(problem: NetworkProblem, updates: list[Update]) -> list[LayerGradients]:
-    """Inputs, output gradients and block gradients of every layer at one point.
-
-    Args:
-        problem: The network.
-        updates: One pair (blocks, tail) a layer.
-
-    Returns:
-        One entry a layer.
-    """
-    leaves = [(b.detach().requires_grad_(), None if t is None else t.detach().requires_grad_()) for b, t in updates]
-    trace = forward(problem, leaves)
-    loss = problem.loss(trace[-1][1])
-    gradients = []
-    for (X, Y), (blocks, tail) in zip(trace, leaves, strict=True):
-        wanted = [Y, blocks] + ([] if tail is None else [tail])
-        g, *parts = torch.autograd.grad(loss, wanted, retain_graph=True)
-        gradients.append(LayerGradients(X.detach(), g, (parts[0], parts[1] if tail is not None else None)))
-    return gradients
-
-
 def minimise_blocks(problem: NetworkProblem, iterations: int, gradient_tolerance: float) -> list[Update]:
-    """L-BFGS with a strong Wolfe line search on all blocks of a network, from DiaBlo's start.
+    """L-BFGS on all blocks of a network, from DiaBlo's start.
+
+    The search works in float64 whatever the problem's dtype: a line search compares losses, and in float32 their
+    differences round away long before the gradient is small.
 
     Args:
         problem: The network.
@@ -86,25 +55,38 @@ def minimise_blocks(problem: NetworkProblem, iterations: int, gradient_tolerance
         gradient_tolerance: Stop where no entry of the gradient is larger.
 
     Returns:
-        The updates where it stopped.
+        The updates where it stopped, in the problem's dtype.
     """
-    updates = [(b.requires_grad_(), None if t is None else t.requires_grad_()) for b, t in problem.zero_updates()]
-    leaves = [part for update in updates for part in update if part is not None]
-    optimiser = torch.optim.LBFGS(
-        leaves,
-        max_iter=iterations,
-        max_eval=2 * iterations,
-        history_size=50,
-        tolerance_grad=gradient_tolerance,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
+    wide = problem.placed(Arithmetic(torch.float64, str(problem.inputs.device)))
+    start = wide.zero_updates()
+
+    def loss_and_gradient(theta: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        leaf = torch.tensor(theta, device=wide.inputs.device, requires_grad=True)
+        loss = wide.loss(forward(wide, _unflatten(leaf, start)).output)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return float(loss.detach()), gradient.cpu().numpy()
+
+    found = scipy.optimize.minimize(
+        loss_and_gradient,
+        np.zeros(sum(flat(update).numel() for update in start)),
+        jac=True,
+        method="L-BFGS-B",
+        options={
+            "maxcor": 50,
+            "maxiter": iterations,
+            "maxfun": 2 * iterations,
+            "gtol": gradient_tolerance,
+            "ftol": 0.0,
+        },
     )
+    theta = torch.from_numpy(found.x).to(problem.inputs)
+    return _unflatten(theta, start)
 
-    def closure() -> float:
-        optimiser.zero_grad()
-        loss = problem.loss(forward(problem, updates)[-1][1])
-        torch.autograd.backward(loss)
-        return float(loss.detach())
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return [(b.detach(), None if t is None else t.detach()) for b, t in updates]
+def _unflatten(theta: Tensor, like: list[Update]) -> list[Update]:
+    """Cut a vector into updates of given shapes: the inverse of :func:`flat` on every layer in turn."""
+    sizes = [part.numel() for update in like for part in update if part is not None]
+    pieces = iter(torch.split(theta, sizes))
+    return [
+        (next(pieces).view_as(blocks), None if tail is None else next(pieces).view_as(tail)) for blocks, tail in like
+    ]

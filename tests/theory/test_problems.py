@@ -1,8 +1,5 @@
-import dataclasses
-import itertools
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -11,8 +8,7 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.theory.arithmetic import Arithmetic, gaussian, seeded
-from diablo_theory.theory.networks import NetworkProblem, dense_forward, forward, network_problem
+from diablo_theory.theory.arithmetic import Arithmetic, seeded
 from diablo_theory.theory.problems import LinearProblem, linear_problem, low_rank_inputs
 
 LAYOUT = BlockLayout(7, 5, 3)
@@ -45,14 +41,6 @@ def test_residual_is_target_minus_the_frozen_output(scale, dtype):
     problem = linear_problem(LAYOUT, 9, 4, seeded(3), arithmetic=Arithmetic(dtype), scale=scale)
     expected = problem.T.numpy() - problem.X.numpy() @ problem.W0.numpy()
     np.testing.assert_allclose(problem.R.numpy(), expected, rtol=1e-12, atol=1e-14 * scale)
-
-
-@pytest.fixture
-def unannotated():
-    """As users run it: the annotations, checked in tests only, would otherwise speak first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def linear_parts():
@@ -91,63 +79,3 @@ def test_a_residual_that_overflows_is_named():
     parts = linear_parts()
     with pytest.raises(NonFiniteError, match="R = T - X W0 overflows"):
         LinearProblem(**{**parts, "X": parts["X"] * 1e200, "W0": parts["W0"] * 1e200})
-
-
-def test_network_forward_equals_the_dense_one_at_a_generic_point():
-    problem = network_problem((9, 11, 6, 4), (2, 4, 3), 8, seeded(0))
-    updates = problem.random_updates(seeded(1))
-    dense = [
-        w + layout.scatter(*update)
-        for w, layout, update in zip(problem.weights, problem.layouts, updates, strict=True)
-    ]
-    trace = forward(problem, updates)
-    torch.testing.assert_close(trace[-1][1], dense_forward(problem, dense), rtol=1e-12, atol=1e-12)
-    for (_, before), (after, _) in itertools.pairwise(trace):
-        assert torch.equal(after, torch.tanh(before))
-    plain = forward(problem, problem.zero_updates())[-1][1]
-    torch.testing.assert_close(plain, dense_forward(problem, problem.weights), rtol=0, atol=0)
-
-
-def test_network_loss_is_half_the_mean_square():
-    problem = network_problem((4, 3), (2,), 6, seeded(0))
-    output = gaussian(6, 3, seeded(1))
-    by_hand = sum(float((o - t) ** 2) for o, t in zip(output.flatten(), problem.targets.flatten(), strict=True)) / 12
-    assert float(problem.loss(output)) == pytest.approx(by_hand, rel=1e-14)
-
-
-def test_repeated_inputs_keep_the_rank_and_change_the_targets():
-    problem = network_problem((9, 11, 4), (2, 2), 3, seeded(0), repeats=2)
-    assert problem.inputs.shape == (6, 9)
-    assert torch.equal(problem.inputs[:3], problem.inputs[3:])
-    assert not torch.equal(problem.targets[:3], problem.targets[3:])
-    for X, _ in forward(problem, problem.random_updates(seeded(1))):
-        assert torch.linalg.matrix_rank(X) == 3
-
-
-@pytest.mark.usefixtures("unannotated")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weights": ()}, "weights and layouts must be as many, at least one, got 0 and 2"),
-        ({"inputs": torch.zeros(6, 8).double()}, r"inputs must have shape \(6, 9\), got \(6, 8\)"),
-        ({"targets": torch.zeros(6, 3).double()}, r"targets must have shape \(6, 4\), got \(6, 3\)"),
-        (
-            {"layouts": (BlockLayout(9, 11, 2), BlockLayout(10, 4, 2))},
-            r"layouts\[1\] must have 11 in_features, got 10",
-        ),
-        (
-            {"weights": (torch.zeros(9, 11).double(), torch.zeros(4, 11).double())},
-            r"weights\[1\] must have shape \(11, 4\), got \(4, 11\)",
-        ),
-    ],
-)
-def test_network_arguments_that_do_not_fit_are_named(change, message):
-    problem = network_problem((9, 11, 4), (2, 2), 6, seeded(0))
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(problem, **change)
-
-
-def test_non_finite_network_weights_are_named():
-    problem = network_problem((9, 4), (2,), 6, seeded(0))
-    with pytest.raises(NonFiniteError, match=r"weights\[0\] holds a NaN"):
-        NetworkProblem(problem.inputs, problem.targets, (problem.weights[0] * math.nan,), problem.layouts)

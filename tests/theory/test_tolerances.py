@@ -31,5 +31,3 @@ def test_an_unknown_quantity_names_the_nearest():
 def test_a_dtype_without_an_entry_is_named():
     with pytest.raises(ConfigError, match=r"no 'rank' tolerance for dtype torch\.float16\. Did you mean"):
         tolerance("rank", torch.float16)
-    with pytest.raises(ConfigError, match=r"no 'stationarity' tolerance for dtype torch\.float32"):
-        tolerance("stationarity", torch.float32)

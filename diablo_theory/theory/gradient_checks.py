@@ -1,0 +1,223 @@
+"""G1 and G2: what the gradients of the blocks and of LoRA's factors are, by autograd through nonlinear networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory import gradients, network_instances, networks
+from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory.gradients import Factors
+from diablo_theory.theory.networks import NetworkProblem, Update, flat
+from diablo_theory.theory.tolerances import tolerance
+from diablo_theory.theory.verdicts import Premise, Trial, Verdict
+
+# tanh: three layers that divide; ragged rectangular ones; more blocks than outputs. Then smooth and kinked
+# activations, a frozen head, and ragged attention
+_NETWORKS = (
+    partial(network_instances.mlp_problem, (12, 18, 12, 6), (3, 6, 2), 16),
+    partial(network_instances.mlp_problem, (13, 17, 7), (3, 4), 16),
+    partial(network_instances.mlp_problem, (10, 14, 3), (5, 6), 16),
+    partial(network_instances.mlp_problem, (9, 14, 8), (3, 4), 16, activation="gelu", head_width=3),
+    partial(network_instances.mlp_problem, (11, 16, 9), (2, 3), 16, activation="relu"),
+    partial(network_instances.attention_problem, 13, 17, 3, 4, 3),
+)
+_LORA_RANK, _LORA_SCALE = 2, 2.0
+
+
+def gradient(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
+    """G1: at a generic nonzero point the blocks' gradient is the (i, i) blocks of the dense gradient.
+
+    Premise: the entries compared are the blocks' own; margin 1 where all are, minus the share that is not otherwise.
+    Claim margin: decades of the relative Frobenius difference, the worst layer's. Control: the blocks' gradient
+    against the blocks one to the right of the diagonal (the closest layer's difference decides).
+
+    Args:
+        generator: Where the networks come from.
+        number: The trial's number.
+        arithmetic: The precision and device of the instances.
+
+    Returns:
+        A claim and a control for each network.
+
+    Source: arXiv 2506.03230v2, section 3, gradient of D_i; theory.md, G1.
+    """
+    verdicts = []
+    for make in _NETWORKS:
+        problem = make(generator, arithmetic=arithmetic)
+        trial = Trial("G1", number, problem.description)
+        statement = "block gradient = diagonal blocks of the dense one (control: blocks beside the diagonal)"
+        verdicts.extend(_position_verdicts(trial, statement, problem, problem.random_updates(generator)))
+    return verdicts
+
+
+def _position_verdicts(trial: Trial, statement: str, problem: NetworkProblem, updates: list[Update]) -> list[Verdict]:
+    """The blocks' gradient at a point against the dense gradient's blocks: its own, and those beside them."""
+    own, shifted = [], []
+    for layer in gradients.layer_gradients(problem, updates):
+        blocks = flat(layer.blocks)
+        own.append(_relative(blocks, flat(layer.layout.gather(layer.dense))))
+        shifted.append(_relative(blocks, _shifted(layer.dense, layer.layout)))
+    bound = tolerance("gradient", problem.inputs.dtype)
+    return [
+        trial.vanishes("claim", statement, _position(problem, shift=False), max(own), bound),
+        trial.vanishes("control", statement, _position(problem, shift=True), min(shifted), bound),
+    ]
+
+
+def _shifted(matrix: Tensor, layout: BlockLayout) -> Tensor:
+    """The entries one block to the right of the diagonal ones, wrapping at the edge."""
+    return flat(layout.gather(matrix.roll(-layout.block_cols, dims=1)))
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    scale = max(float(value.norm()), float(reference.norm()))
+    return float((value - reference).norm()) / scale if scale > 0 else 0.0
+
+
+def _position(problem: NetworkProblem, shift: bool) -> Premise:
+    """How many compared entries are the blocks' own, counted on a matrix that holds its own indices."""
+    wrong = 0.0
+    for layout in problem.layouts:
+        indices = torch.arange(layout.in_features * layout.out_features).reshape(layout.in_features, -1).double()
+        own = flat(layout.gather(indices))
+        compared = _shifted(indices, layout) if shift else own
+        wrong = max(wrong, float((compared != own).double().mean()))
+    return Premise(wrong == 0.0, -wrong if wrong else 1.0)
+
+
+def start(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
+    """G2: at the start LoRA's gradient is ``(0, s A^T G)``, DiaBlo's the blocks of G, with G the full gradient there.
+
+    Four statements on each network; margins of claims in decades of a relative norm, the worst layer's.
+
+    - ``grad A = 0``, relative to ``s ||G||_F``. Premise: B = 0; margin 1, or minus the share of entries that are not.
+      Control: PiSSA's start, the same output from B != 0.
+    - ``grad B = s A^T G``. Premise as before. Control: the same B != 0 on top of W0, where the network is another.
+    - DiaBlo's gradient is the blocks of G: premise, margin and control as in :func:`gradient`.
+    - It is not zero, relative to ``||G||_F``. Premise: some group of inputs and its group of output gradients are both
+      nonzero; margin, the share of such groups, or -1 without any. Control: inputs in one group, errors in another.
+
+    Args:
+        generator: Where the networks and LoRA's A come from.
+        number: The trial's number.
+        arithmetic: The precision and device of the instances.
+
+    Returns:
+        Seven verdicts for each network, and the control of the last statement.
+
+    Source: theory.md, G2.
+    """
+    verdicts = []
+    for make in _NETWORKS:
+        problem = make(generator, arithmetic=arithmetic)
+        trial = Trial("G2", number, problem.description)
+        statement = "DiaBlo's gradient at zero = diagonal blocks of the full one (control: blocks beside the diagonal)"
+        verdicts += [
+            *_lora_verdicts(trial, problem, generator),
+            *_position_verdicts(trial, statement, problem, problem.zero_updates()),
+            _nonzero(trial, "claim", problem),
+        ]
+    problem = _unmatched(generator, arithmetic)
+    return [*verdicts, _nonzero(Trial("G2", number, problem.description), "control", problem)]
+
+
+def kaiming_factors(weight: Tensor, rank: int, generator: torch.Generator) -> Factors:
+    """LoRA's usual start: A uniform within ``+-1/sqrt(m1)`` and B = 0.
+
+    That is Kaiming's uniform with slope sqrt(5), whose bound is ``sqrt(6 / ((1 + 5) m1))``.
+
+    Args:
+        weight: The layer's weight, shape (m1, m2).
+        rank: rho.
+        generator: Where A comes from.
+
+    Returns:
+        A, shape (m1, rho), and B, shape (rho, m2), of the weight's dtype.
+    """
+    m1, m2 = weight.shape
+    A = (2 * torch.rand(m1, rank, generator=generator, dtype=torch.float64) - 1) / m1**0.5
+    return A.to(weight), weight.new_zeros(rank, m2)
+
+
+def principal_factors(weight: Tensor, rank: int) -> Factors:
+    """PiSSA's start: A and B with ``s A B`` the best approximation of the weight of this rank, s the scaling in use.
+
+    Args:
+        weight: The layer's weight, shape (m1, m2).
+        rank: rho, at most min(m1, m2).
+
+    Returns:
+        A, shape (m1, rho), and B, shape (rho, m2), of the weight's dtype.
+    """
+    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (sigma[:rank] / _LORA_SCALE).sqrt()
+    return U[:, :rank] * root, root[:, None] * Vh[:rank]
+
+
+def _lora_verdicts(trial: Trial, problem: NetworkProblem, generator: torch.Generator) -> list[Verdict]:
+    adapted = problem.weights[: len(problem.layouts)]
+    full = gradients.dense_gradients(problem, problem.zero_updates())
+    usual = [kaiming_factors(weight, _LORA_RANK, generator) for weight in adapted]
+    principal = [principal_factors(weight, _LORA_RANK) for weight in adapted]
+    residual = [W - _LORA_SCALE * A @ B for W, (A, B) in zip(adapted, principal, strict=True)]
+    without = dataclasses.replace(problem, weights=(*residual, *problem.weights[len(adapted) :]))
+    bound = tolerance("gradient", problem.inputs.dtype)
+    still = "LoRA's usual start: grad A = 0 (control: PiSSA's start, of the same output)"
+    known = "LoRA's usual start: grad B = s A^T G (control: B not zero on top of W)"
+    return [
+        trial.vanishes("claim", still, _zero_b(usual), max(_a_sizes(problem, usual, full)), bound),
+        trial.vanishes("control", still, _zero_b(principal), min(_a_sizes(without, principal, full)), bound),
+        trial.vanishes("claim", known, _zero_b(usual), max(_b_errors(problem, usual, full)), bound),
+        trial.vanishes("control", known, _zero_b(principal), min(_b_errors(problem, principal, full)), bound),
+    ]
+
+
+def _zero_b(factors: list[Factors]) -> Premise:
+    share = max(float((B != 0).double().mean()) for _, B in factors)
+    return Premise(share == 0.0, -share if share else 1.0)
+
+
+def _a_sizes(problem: NetworkProblem, factors: list[Factors], full: list[Tensor]) -> list[float]:
+    """``||grad A||_F / (s ||G||_F)`` of every layer."""
+    found = gradients.lora_gradients(problem, factors, _LORA_SCALE)
+    return [float(grad_a.norm() / (_LORA_SCALE * G.norm())) for (grad_a, _), G in zip(found, full, strict=True)]
+
+
+def _b_errors(problem: NetworkProblem, factors: list[Factors], full: list[Tensor]) -> list[float]:
+    """Relative difference of grad B and ``s A^T G`` in every layer."""
+    found = gradients.lora_gradients(problem, factors, _LORA_SCALE)
+    return [
+        _relative(grad_b, _LORA_SCALE * A.T @ G) for (_, grad_b), (A, _), G in zip(found, factors, full, strict=True)
+    ]
+
+
+def _nonzero(trial: Trial, role: str, problem: NetworkProblem) -> Verdict:
+    sizes, shares = [], []
+    for layer in gradients.layer_gradients(problem, problem.zero_updates()):
+        sizes.append(float(flat(layer.blocks).norm() / layer.dense.norm()))
+        groups = range(layer.layout.count)
+        both = [
+            bool(layer.X[:, layer.layout.rows(i)].any() and layer.g[:, layer.layout.cols(i)].any()) for i in groups
+        ]
+        shares.append(sum(both) / len(both))
+    share = min(shares)
+    statement = "DiaBlo's gradient at zero is not zero (control: inputs and errors in different groups)"
+    premise = Premise(share > 0, share if share > 0 else -1.0)
+    return trial.stays_positive(role, statement, premise, min(sizes), tolerance("gradient", problem.inputs.dtype))
+
+
+def _unmatched(generator: torch.Generator, arithmetic: Arithmetic) -> NetworkProblem:
+    """One linear layer whose inputs are zero outside the first group, and whose errors are outside the second."""
+    problem = network_instances.mlp_problem((12, 9), (3,), 8, generator, arithmetic=arithmetic)
+    (layout,) = problem.layouts
+    inputs = torch.zeros_like(problem.inputs)
+    inputs[:, layout.rows(0)] = problem.inputs[:, layout.rows(0)]
+    moved = dataclasses.replace(problem, inputs=inputs)
+    targets = networks.forward(moved, moved.zero_updates()).output
+    targets[:, layout.cols(1)] += problem.targets[:, layout.cols(1)]
+    return dataclasses.replace(moved, targets=targets)
