@@ -56,6 +56,14 @@ _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
     "linearity": _sums("relative defect of a map that is linear in exact arithmetic"),
     "convexity": _sums("relative excess of a midpoint's loss over the mean of the segment's ends"),
     "curvature": _sums("negative or between-block part of a Hessian, relative to its largest eigenvalue"),
+    "chi-squared": {
+        dtype: Tolerance(
+            6.0,
+            "6 standard deviations of a chi-squared with at least 10^4 degrees of freedom: by Laurent and Massart's "
+            "bound, 2 sqrt(k x) + 2 x at x = 16.6, a false alarm in at most 2 exp(-16.6) = 1.3e-7 of the trials.",
+        )
+        for dtype in _EPS
+    },
     "contraction": {
         torch.float64: Tolerance(
             64e6 * _EPS[torch.float64],
