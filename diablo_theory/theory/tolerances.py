@@ -67,8 +67,15 @@ _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
     "contraction": {
         torch.float64: Tolerance(
             64e6 * _EPS[torch.float64],
-            "64 eps / 1e-6: errors are followed down to 1e-6 of the first one, ||D*||, and one step rounds by at "
-            "most 64 eps ||D*||; absolute, on a ratio of two errors.",
+            "64 eps / 1e-6: gradients are followed down to 1e-6 of the first one, and one step rounds by at most 64 "
+            "eps of that; absolute, on a ratio of two.",
+        ),
+    },
+    "nearby contraction": {
+        torch.float64: Tolerance(
+            2.0**-13,
+            "2^-13: at 2^-26 of the minimum's norm the curvature differs from the minimum's by 2^-26, the gradient "
+            "rounds by 2^-52 / 2^-26, and the instances' Hessians amplify either by at most 2^13.",
         ),
     },
     "certificate": {
