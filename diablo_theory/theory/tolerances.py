@@ -71,11 +71,26 @@ _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
     "linearity": _sums("relative defect of a map that is linear in exact arithmetic"),
     "convexity": _sums("relative excess of a midpoint's loss over the mean of the segment's ends"),
     "curvature": _sums("negative or between-block part of a Hessian, relative to its largest eigenvalue"),
+    "chi-squared": {
+        dtype: Tolerance(
+            6.0,
+            "6 standard deviations of a chi-squared with at least 10^4 degrees of freedom: by Laurent and Massart's "
+            "bound, 2 sqrt(k x) + 2 x at x = 16.6, a false alarm in at most 2 exp(-16.6) = 1.3e-7 of the trials.",
+        )
+        for dtype in _EPS
+    },
     "contraction": {
         torch.float64: Tolerance(
             64e6 * _EPS[torch.float64],
-            "64 eps / 1e-6: errors are followed down to 1e-6 of the first one, ||D*||, and one step rounds by at "
-            "most 64 eps ||D*||; absolute, on a ratio of two errors.",
+            "64 eps / 1e-6: gradients are followed down to 1e-6 of the first one, and one step rounds by at most 64 "
+            "eps of that; absolute, on a ratio of two.",
+        ),
+    },
+    "nearby contraction": {
+        torch.float64: Tolerance(
+            2.0**-13,
+            "2^-13: at 2^-26 of the minimum's norm the curvature differs from the minimum's by 2^-26, the gradient "
+            "rounds by 2^-52 / 2^-26, and the instances' Hessians amplify either by at most 2^13.",
         ),
     },
     "stationarity": {
