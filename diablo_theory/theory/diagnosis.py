@@ -126,7 +126,8 @@ def certificates(layers: Mapping[str, LayerStatistics], num_blocks: int, rtol: f
     for name, sums in layers.items():
         m1, m2 = sums.cross.shape
         layout, problem = BlockLayout(m1, m2, num_blocks), sums.reduce(rtol)
-        premise, found = premise_of(problem.space, layout), certificate_of(problem, layout)
+        premise = premise_of(problem.space, layout)
+        found = certificate_of(problem.space, sums.cross, problem.space.exponent + problem.exponent, layout)
         rows.append(
             {
                 "layer": name,

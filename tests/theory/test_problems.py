@@ -2,7 +2,6 @@ import dataclasses
 import itertools
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -45,14 +44,6 @@ def test_residual_is_target_minus_the_frozen_output(scale, dtype):
     problem = linear_problem(LAYOUT, 9, 4, seeded(3), arithmetic=Arithmetic(dtype), scale=scale)
     expected = problem.T.numpy() - problem.X.numpy() @ problem.W0.numpy()
     np.testing.assert_allclose(problem.R.numpy(), expected, rtol=1e-12, atol=1e-14 * scale)
-
-
-@pytest.fixture
-def unannotated():
-    """As users run it: the annotations, checked in tests only, would otherwise speak first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def linear_parts():
