@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -78,7 +79,7 @@ class LayerStatistics:
         return cls(gram, gram.new_zeros(in_features, out_features), gram.new_zeros(()))
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[Tensor, Tensor]]) -> LayerStatistics:
+    def of(cls, batches: Iterable[Sequence[Tensor]]) -> LayerStatistics:
         """The sums over batches ``(X, R)``, such as those of a DataLoader.
 
         Raises:
@@ -252,10 +253,12 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") == _FORMAT:
-                return {
-                    name: LayerStatistics(**{field: file.get_tensor(f"{name}:{field}") for field in _SUMS}, **scalars)
-                    for name, scalars in json.loads(metadata["layers"]).items()
-                }
+                return {name: _layer(file, name, scalars) for name, scalars in json.loads(metadata["layers"]).items()}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} is truncated or damaged ({error}); write it again") from error
     raise ResultsError(f"{path} is no statistics file of this version: its format is {metadata.get('format')!r}")
+
+
+def _layer(file: Any, name: str, scalars: Mapping[str, Any]) -> LayerStatistics:
+    sums = (file.get_tensor(f"{name}:{field}") for field in _SUMS)
+    return LayerStatistics(*sums, *(scalars[field] for field in _SCALARS))
