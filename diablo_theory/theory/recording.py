@@ -52,9 +52,10 @@ def record(
 ) -> dict[str, LayerStatistics]:
     """Accumulate every layer's sums over a data set.
 
-    The model is used as it is (call ``model.eval()`` first to leave dropout out) and its parameters, their gradients
-    and its hooks are left as they were; only what a forward pass itself changes, such as a batch norm's running mean,
-    moves. Parameters get no gradients, so a batch costs a forward pass and the input gradients.
+    The model is used as it is (call ``model.eval()`` first to leave dropout out). Its parameters, their gradients and
+    its hooks are left as they were; only what a forward pass itself changes, such as a batch norm's running mean,
+    moves. Parameters get no gradients, so a batch costs a forward pass and the input gradients. Reentrant checkpoints
+    hide the layers inside them unless their inputs ask for gradients, as transformers sees to.
 
     Args:
         model: Any module.
@@ -140,7 +141,8 @@ class _Recorder:
             X: Tensor = args[0] if args else kwargs["input"]
             X, version = X.detach(), X._version  # both see later writes into the input
             if not output.requires_grad:  # nothing before this layer asks for gradients: they start here
-                output = output.detach().requires_grad_().clone()  # the clone may be written into, unlike a leaf
+                output = output.detach().requires_grad_()
+            output = output.clone()  # writes into a leaf are refused, and writes into a view lose its hooks
 
             def backward(gradient: Tensor) -> None:
                 if X._version != version:
