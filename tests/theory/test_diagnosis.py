@@ -10,7 +10,9 @@ from torch import nn
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
 from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.column_space import column_space
 from diablo_theory.theory.diagnosis import CAPTURE_COLUMNS, captures, certificates, lora_starts
+from diablo_theory.theory.optima import worst_case_target
 from diablo_theory.theory.problems import LinearProblem, low_rank_inputs
 from diablo_theory.theory.recording import record
 from diablo_theory.theory.reduction import reduce_problem
@@ -144,6 +146,17 @@ def test_ranks_above_what_there_is_capture_everything():
     found = captures(reduced(X, R), [1], seeded(2), gaussian(16, 16, seeded(3)))
     assert one(found, kind="set")["rank"] == 8
     assert found["capture"].tolist() == pytest.approx([1.0] * len(found), abs=1e-9)
+
+    found = captures(reduced(X[:2], R[:2]), [1], seeded(2))
+    assert one(found, kind="set")["capture"] == 1
+
+
+def test_what_cannot_be_reached_is_never_less_than_nothing():
+    for seed in range(20):
+        layout, generator = BlockLayout(12, 9, 3), seeded(seed)
+        X, W0 = low_rank_inputs(20, 12, 5, generator), torch.zeros(12, 9).double()
+        problem = reduced(X, worst_case_target(X, W0, layout, column_space(X)))
+        assert 0 <= one(captures(problem, [3], generator), method="diablo")["capture"] < 1e-12
 
 
 def test_where_there_is_nothing_to_capture_all_is_captured():

@@ -352,6 +352,13 @@ def test_residuals_of_zeros_leave_nothing_to_capture():
         assert not optimum.update.any()
 
 
+def test_what_is_out_of_reach_is_never_negative():
+    for seed in range(20):
+        X = gaussian(30, 6, seeded(seed))
+        outside = float(LayerStatistics.of([(X, X @ gaussian(6, 4, seeded(seed + 1)))]).reduce().outside)
+        assert 0 <= outside < 1e-10
+
+
 def test_one_token():
     x, r = gaussian(1, 6, seeded(0)), gaussian(1, 4, seeded(1))
     problem = LayerStatistics.of([(x[0], r[0])]).reduce()
@@ -527,6 +534,8 @@ def test_energy_rank_counts_singular_values(rows, cols, share, seed):
 def test_energy_rank_at_a_share_that_is_met_exactly():
     X = torch.diag(torch.tensor([99.0, 0.5, 0.5], dtype=torch.float64).sqrt())
     assert [energy_rank(column_space(X), share) for share in (0.5, 0.99, 0.9901, 0.995, 1.0)] == [1, 1, 2, 2, 3]
+    assert 121 / 157 * 157 > 121  # in float64
+    assert energy_rank(column_space(torch.diag(torch.tensor([11.0, 6.0], dtype=torch.float64))), 121 / 157) == 1
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
