@@ -1,7 +1,9 @@
 """What the theory says of a layer: how much of the asked-for change each method can make, and S3's certificate.
 
 Two captures must not be confused. The *set* capture is that of the method's best member; the *tangent* capture is that
-of the directions open at its start. For linear sets (DiaBlo, frozen A) they agree.
+of the directions open at its start. For linear sets (DiaBlo, frozen A) they agree. LoRA's set, the updates of rank at
+most rho, holds the tangent where B = 0 (usual, EVA); elsewhere the tangent's updates have rank up to 2 rho and may
+capture more.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ def captures(
 
     Returns:
         One row for each N, method, start and kind ("set", "tangent", or "both" where they agree), columns
-        ``CAPTURE_COLUMNS``; ranks are rounded down to DiaBlo's parameters, and capture is from 0 to 1.
+        ``CAPTURE_COLUMNS``. DiaBlo's rank is d1, the others' is the largest within DiaBlo's parameters. Capture is
+        from 0 to 1, and 1 where there is nothing to capture.
 
     Raises:
-        ValueError: If a number of blocks or W0 does not fit.
+        ValueError: If a number of blocks, the iterations or W0 does not fit.
+        NonFiniteError: If W0 holds a NaN or an infinity.
 
     Source: theory.md, "At scale, from sums alone".
     """
@@ -62,10 +66,15 @@ def captures(
         for start in lora_starts(problem, rho, generator, W0, iterations):
             optimum = optima.lora_tangent_optimum(problem, start.A, start.B, minimiser=False)
             reached.append(("lora", start.name, "tangent", rho, optimum))
-        rows += [(count, *what, best.num_parameters, 1 - float(best.relative_gap)) for *what, best in reached]
-        best_of_rank = 1 - float(set_gaps[min(rho, len(set_gaps) - 1)])
+        rows += [(count, *what, best.num_parameters, _share(best.relative_gap)) for *what, best in reached]
+        best_of_rank = _share(set_gaps[min(rho, len(set_gaps) - 1)])
         rows.append((count, "lora", "any", "set", rho, rho * (m1 + m2), best_of_rank))
     return pd.DataFrame(rows, columns=list(CAPTURE_COLUMNS))
+
+
+def _share(relative_gap: Tensor) -> float:
+    """The share that is captured; rounding may put a gap an eps above what there is."""
+    return max(0.0, 1 - float(relative_gap))
 
 
 def lora_starts(
@@ -87,7 +96,8 @@ def lora_starts(
         iterations: As in :func:`captures`.
 
     Raises:
-        ValueError: If the rank or W0 does not fit.
+        ValueError: If the rank, the iterations or W0 does not fit.
+        NonFiniteError: If W0 holds a NaN or an infinity.
     """
     space, device = problem.space, problem.target.device
     m1, m2 = space.coordinates.shape[-1], problem.target.shape[-1]
@@ -113,7 +123,8 @@ def certificates(layers: Mapping[str, LayerStatistics], num_blocks: int, rtol: f
     Returns:
         One row a layer: layer, in_features, out_features, tokens, num_blocks, block_rows, rank, energy_rank (of 99% of
         ``||X||_F^2``), premise_holds, premise_margin (decades), grad_full, grad_blocks, amplification, leak, bound
-        (amplification * grad_blocks + leak) and tightness (grad_full / bound, from 0 to 1).
+        (amplification * grad_blocks + leak) and tightness (grad_full / bound, at most 1 up to rounding; 1 where both
+        are zero).
 
     Raises:
         ValueError: If there is no layer, or num_blocks or rtol does not fit one.
@@ -126,7 +137,8 @@ def certificates(layers: Mapping[str, LayerStatistics], num_blocks: int, rtol: f
     for name, sums in layers.items():
         m1, m2 = sums.cross.shape
         layout, problem = BlockLayout(m1, m2, num_blocks), sums.reduce(rtol)
-        premise, found = premise_of(problem.space, layout), certificate_of(problem, layout)
+        premise = premise_of(problem.space, layout)
+        found = certificate_of(problem.space, sums.cross, problem.space.exponent + problem.exponent, layout)
         rows.append(
             {
                 "layer": name,

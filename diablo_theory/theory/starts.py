@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diablo_theory.theory.arithmetic import require_matrix
+from diablo_theory.theory.arithmetic import gaussian, require_matrix, seeded
 from diablo_theory.theory.column_space import ColumnSpace
 from diablo_theory.theory.reduction import ReducedProblem
 
@@ -42,7 +42,8 @@ def usual_start(in_features: int, out_features: int, rank: int, generator: torch
 
     Source: Hu et al. (2022), LoRA; theory.md, notation.
     """
-    _require_rank(rank, None)
+    if rank < 0:
+        raise ValueError(f"rank must be at least 0, got {rank}")
     A = (2 * torch.rand(in_features, rank, generator=generator, dtype=torch.float64) - 1) / math.sqrt(in_features)
     return Start("usual", A, torch.zeros(rank, out_features, dtype=torch.float64))
 
@@ -53,14 +54,16 @@ def pissa_start(W0: Float[Tensor, "m1 m2"], rank: int, iterations: int | None = 
     Args:
         W0: The frozen weight, shape (m1, m2).
         rank: rho, from 0 to min(m1, m2).
-        iterations: None for an exact SVD; else power iterations of a randomised one, for large matrices.
+        iterations: None for an exact SVD; else power iterations, at least 0, of a randomised one for large matrices.
 
     Raises:
-        ValueError: If the rank is out of range.
+        ValueError: If W0 is no matrix, or the rank or the iterations are out of range.
+        NonFiniteError: If W0 holds a NaN or an infinity.
 
     Source: Meng et al. (2024), PiSSA.
     """
     require_matrix("W0", W0)
+    _require_rank(rank, min(W0.shape))
     U, sigma, Vh = _leading(W0.double(), rank, iterations)
     root = sigma.sqrt()
     return Start("pissa", U * root, root[:, None] * Vh)
@@ -92,15 +95,16 @@ def lora_ga_start(problem: ReducedProblem, rank: int, iterations: int | None = N
 
     Args:
         problem: With R = -g_Y, so that the gradient is -Y^T M.
-        rank: rho, with 2 rho from 0 to min(m1, m2).
+        rank: rho, from 0 to min(m1, m2) / 2.
         iterations: As in :func:`pissa_start`.
 
     Raises:
-        ValueError: If the rank is out of range.
+        ValueError: If the rank or the iterations are out of range.
 
     Source: Wang et al. (2024), LoRA-GA, in the arrangement "A r, B the r after it".
     """
     Y, M = problem.space.coordinates, problem.target
+    _require_rank(rank, min(Y.shape[-1], M.shape[-1]) // 2)
     U, _, Vh = _leading(Y.mT @ M, 2 * rank, iterations)
     return Start("lora-ga", U[:, :rank], Vh[rank:])
 
@@ -115,13 +119,17 @@ def corda_start(space: ColumnSpace, W0: Float[Tensor, "m1 m2"], rank: int, itera
         iterations: As in :func:`pissa_start`.
 
     Raises:
-        ValueError: If the rank is out of range.
+        ValueError: If W0 is no matrix of m1 rows, or the rank or the iterations are out of range.
+        NonFiniteError: If W0 holds a NaN or an infinity.
 
     Source: Yang et al. (2024), CorDA. The authors damp G until it can be inverted; the singular vectors lie in its row
     space, so a pseudo-inverse needs no damping.
     """
     require_matrix("W0", W0)
     Y = space.coordinates
+    if W0.shape[-2] != Y.shape[-1]:
+        raise ValueError(f"W0 must have {Y.shape[-1]} rows, got {W0.shape[-2]}")
+    _require_rank(rank, min(W0.shape))
     V, sigma, Uh = _leading(Y.mT @ (Y @ W0.double()), rank, iterations)  # the transpose of W0^T G
     squares = Y.square().sum(-1)
     inverse = torch.where(squares > 0, squares.pow(-2), 0.0)
@@ -131,17 +139,29 @@ def corda_start(space: ColumnSpace, W0: Float[Tensor, "m1 m2"], rank: int, itera
 
 def _leading(matrix: Tensor, rank: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets, U (m, rank), sigma (rank,), V^T (rank, n)."""
-    _require_rank(rank, min(matrix.shape))
     if iterations is None:
         U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        return U[:, :rank], sigma[:rank], Vh[:rank]
-    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from the global generator only
-        torch.manual_seed(0)
-        U, sigma, V = torch.svd_lowrank(matrix, q=min(2 * rank, *matrix.shape), niter=iterations)
-    return U[:, :rank], sigma[:rank], V.mT[:rank]
+    else:
+        U, sigma, Vh = _sketch(matrix, rank, iterations)
+    return U[:, :rank], sigma[:rank], Vh[:rank]
 
 
-def _require_rank(rank: int, largest: int | None) -> None:
-    if rank < 0 or (largest is not None and rank > largest):
-        allowed = "at least 0" if largest is None else f"from 0 to {largest}"
-        raise ValueError(f"rank must be {allowed}, got {rank}")
+def _sketch(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a matrix within a random subspace of its columns: Halko, Martinsson and Tropp (2011), section 4.5.
+
+    The subspace is oversampled to 2 rank + 8, and drawn on the CPU from a seed of its own.
+    """
+    if iterations < 0:
+        raise ValueError(f"iterations must be at least 0, got {iterations}")
+    size = min(2 * rank + 8, *matrix.shape)
+    Q, _ = torch.linalg.qr(matrix @ gaussian(matrix.shape[1], size, seeded(0)).to(matrix.device))
+    for _ in range(iterations):
+        rows, _ = torch.linalg.qr(matrix.mT @ Q)
+        Q, _ = torch.linalg.qr(matrix @ rows)
+    U, sigma, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
+    return Q @ U, sigma, Vh
+
+
+def _require_rank(rank: int, largest: int) -> None:
+    if not 0 <= rank <= largest:
+        raise ValueError(f"rank must be from 0 to {largest}, got {rank}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
@@ -20,7 +20,6 @@ from diablo_theory.theory.column_space import (
     written_groups,
 )
 from diablo_theory.theory.optima import require_layout
-from diablo_theory.theory.reduction import ReducedProblem
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Certificate:
         grad_full: ``||X^T g_Y||_F``.
         grad_blocks: ``||grad D||_F``, over the blocks.
         amplification: ``max_i ||C_i||_2`` with ``C_i = X_i^+ X``.
-        leak: ``(sum_i ||((I - P_{X_i}) X)^T g_{Y_i}||_F^2)^{1/2}``; zero up to rounding where the premise holds.
+        leak: ``(sum_i ||(X - X_i C_i)^T g_{Y_i}||_F^2)^{1/2}``, where ``X - X_i C_i = (I - P_{X_i}) X``; where the
+            premise holds, zero up to rounding and to what lies below the rank decision's cutoff.
     """
 
     grad_full: float
@@ -140,44 +140,46 @@ def certificate(X: Float[Tensor, "b m1"], g: Float[Tensor, "b m2"], layout: Bloc
     _require_columns(X, layout)
     require_like("g", g, (X.shape[0], layout.out_features), X)
     space = column_space(X)
-    assert space.basis is not None
     scaled, exponent = unit_scale(g)
-    target = space.basis.mT @ scaled
-    return certificate_of(ReducedProblem(space, target, torch.zeros_like(target[0, 0]), exponent), layout)
+    gradient = times_power(X.double(), -space.exponent).mT @ scaled
+    return certificate_of(space, gradient, space.exponent + exponent, layout)
 
 
-def certificate_of(problem: ReducedProblem, layout: BlockLayout) -> Certificate:
-    """The same from a reduced problem whose R is g or -g: X^T g = Y^T M, and U drops out of every term.
+def certificate_of(
+    space: ColumnSpace, gradient: Float[Tensor, "m1 m2"], exponent: Int[Tensor, ""], layout: BlockLayout
+) -> Certificate:
+    """The same from the coordinates of X and from ``X^T g_Y``, which may come from sums over tokens alone.
 
-    The truncated pseudo-inverse satisfies ``X_i^{+T} X_i^T = P_{X_i}`` for whatever P_{X_i} keeps, so the bound holds
-    however the rank was decided; the decision only moves weight between amplification and leak.
+    ``X^T g_{Y_i} = C_i^T grad D_i + (X - X_i C_i)^T g_{Y_i}`` is true of any C_i, so the bound holds of the whole
+    gradient however the rank was decided, and however far C_i is rounded: both only move weight between amplification
+    and leak.
 
     Args:
-        problem: One reduced problem, not a batch.
+        space: Of one X.
+        gradient: ``2^-exponent X^T g_Y``, or its negative, shape (m1, m2), float64.
+        exponent: The power of two that was taken out of it.
         layout: The blocks.
 
     Returns:
-        The certificate, in the units of X times R.
+        The certificate, in the units of X times g.
 
     Raises:
-        ValueError: If the layout is not of the problem's size.
+        ValueError: If the layout is not of the gradient's size.
 
     Source: theory.md, S3 and "At scale, from sums alone".
     """
-    Y, M = problem.space.coordinates, problem.target
-    require_layout(layout, Y.shape[-1], M.shape[-1])
-    zero = torch.zeros((), dtype=torch.float64, device=Y.device)
-    blocks, leak, amplification = zero, zero, zero
+    require_layout(layout, *gradient.shape)
+    blocks = leak = amplification = gradient.new_zeros(())
     for i in written_groups(layout):
-        Y_i, M_i = problem.space.group(layout, i), M[:, layout.cols(i)]
-        group = truncated_svd(Y_i, problem.space.cutoff)
-        if len(group.sigma):
-            amplification = torch.maximum(amplification, torch.linalg.matrix_norm(group.pinv_times(Y), 2))
-        blocks = blocks + (Y_i.mT @ M_i).square().sum()
-        leak = leak + (Y.mT @ group.outside(M_i)).square().sum()
-    exponent = problem.space.exponent + problem.exponent
+        cols = layout.cols(i)
+        own = gradient[layout.rows(i), cols]
+        C_i = truncated_svd(space.group(layout, i), space.cutoff).pinv_times(space.coordinates)
+        if C_i.numel():
+            amplification = torch.maximum(amplification, torch.linalg.matrix_norm(C_i, 2))
+        blocks = blocks + own.square().sum()
+        leak = leak + (gradient[:, cols] - C_i.mT @ own).square().sum()
     return Certificate(
-        grad_full=float(times_power(torch.linalg.matrix_norm(Y.mT @ M), exponent)),
+        grad_full=float(times_power(torch.linalg.matrix_norm(gradient), exponent)),
         grad_blocks=float(times_power(blocks.sqrt(), exponent)),
         amplification=float(amplification),
         leak=float(times_power(leak.sqrt(), exponent)),

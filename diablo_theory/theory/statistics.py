@@ -7,17 +7,18 @@ squaring X squares its condition number: sums are kept in float64, and singular 
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from diablo_theory.errors import NonFiniteError, ResultsError
@@ -32,21 +33,23 @@ _SCALARS = ("tokens", "x_exponent", "r_exponent", "single")
 _SMALLEST = -1074  # of the powers of two that float64 holds
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerStatistics:
     """The sums of one linear layer ``Y = X W``, filled batch by batch.
 
     Powers of two are taken out of X and R, exactly, so that inputs of any scale neither overflow nor vanish when they
-    are squared: ``X^T X = 4^x_exponent gram`` and so on.
+    are squared: ``X^T X = 4^x_exponent gram``, ``X^T R = 2^(x_exponent + r_exponent) cross`` and
+    ``||R||_F^2 = 4^r_exponent square``.
 
     Args:
         gram: G, shape (m1, m1), float64; both triangles.
         cross: C, shape (m1, m2), float64.
         square: s, shape (), float64.
         tokens: Rows seen.
-        x_exponent: The power of two taken out of X: the largest one seen, at first the smallest that float64 has.
+        x_exponent: The power of two taken out of X: that of its largest entry so far, or the smallest of float64
+            while X is zero.
         r_exponent: The same of R.
-        single: Whether an input came in float32 or below, so that ranks are judged by float32's rounding.
+        single: Whether some X came in float32 or below, so that ranks are judged by float32's rounding.
     """
 
     gram: Float[Tensor, "m1 m1"]
@@ -76,7 +79,7 @@ class LayerStatistics:
         return cls(gram, gram.new_zeros(in_features, out_features), gram.new_zeros(()))
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[Tensor, Tensor]]) -> LayerStatistics:
+    def of(cls, batches: Iterable[Sequence[Tensor]]) -> LayerStatistics:
         """The sums over batches ``(X, R)``, such as those of a DataLoader.
 
         Raises:
@@ -87,13 +90,14 @@ class LayerStatistics:
         statistics: LayerStatistics | None = None
         for X, R in batches:
             if statistics is None:
-                statistics = cls.empty(X.shape[-1], R.shape[-1], X.device)
+                m1, m2 = (tensor.shape[-1] if tensor.ndim else 1 for tensor in (X, R))
+                statistics = cls.empty(m1, m2, X.device)
             statistics.add(X, R)
         if statistics is None:
             raise ValueError("batches must hold at least one pair (X, R), got none")
         return statistics
 
-    def add(self, X: Float[Tensor, "... m1"], R: Float[Tensor, "... m2"]) -> None:
+    def add(self, X: Shaped[Tensor, "... m1"], R: Shaped[Tensor, "... m2"]) -> None:
         """Add a batch of tokens; nothing is added if it does not fit.
 
         Args:
@@ -106,35 +110,26 @@ class LayerStatistics:
             NonFiniteError: If one holds a NaN or an infinity.
         """
         m1, m2 = self.cross.shape
-        for name, tensor, size in (("X", X, m1), ("R", R, m2)):
-            if not tensor.dtype.is_floating_point:
-                raise TypeError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
-            if tensor.ndim < 1 or tensor.shape[-1] != size:
-                raise ValueError(f"{name} must have {size} columns, got shape {tuple(tensor.shape)}")
-            if tensor.device != self.gram.device:
-                raise ValueError(f"{name} must be on {self.gram.device}, where the sums are, got {tensor.device}")
-            if not bool(largest_magnitude(tensor.reshape(-1, size)).isfinite()):
-                raise NonFiniteError(f"{name} holds a NaN or an infinity; nothing of this batch was added")
+        x, r = self._rows("X", X, m1), self._rows("R", R, m2)
         if X.shape[:-1] != R.shape[:-1]:
             raise ValueError(f"X and R must have as many tokens, got {tuple(X.shape[:-1])} and {tuple(R.shape[:-1])}")
-        self.single |= X.dtype != torch.float64
-        self.tokens += X.numel() // m1
-        (x, e), (r, f) = (unit_scale(tensor.detach().reshape(-1, tensor.shape[-1])) for tensor in (X, R))
-        self._rescale(int(e) if bool(x.any()) else _SMALLEST, int(f) if bool(r.any()) else _SMALLEST)
-        x = _scaled(x, int(e) - self.x_exponent)
-        r = _scaled(r, int(f) - self.r_exponent)
-        self.gram.addmm_(x.mT, x)
-        self.cross.addmm_(x.mT, r)
-        self.square += r.square().sum()
+        (x, e), (r, f) = _unit(x), _unit(r)
+        narrow = len(x) > 0 and X.dtype != torch.float64
+        batch = LayerStatistics(x.mT @ x, x.mT @ r, r.square().sum(), len(x), e, f, narrow)
+        vars(self).update(vars(self.merge(batch)))
 
-    def _rescale(self, e: int, f: int) -> None:
-        """Let the sums' exponents be at least (e, f)."""
-        down_x, down_r = min(0, self.x_exponent - e), min(0, self.r_exponent - f)
-        self.gram = _scaled(self.gram, 2 * down_x)
-        self.cross = _scaled(self.cross, down_x + down_r)
-        self.square = _scaled(self.square, 2 * down_r)
-        self.x_exponent -= down_x
-        self.r_exponent -= down_r
+    def _rows(self, name: str, tensor: Tensor, size: int) -> Float[Tensor, "tokens m"]:
+        """A tensor's tokens as rows of float64, if it fits."""
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+        if tensor.ndim < 1 or tensor.shape[-1] != size:
+            raise ValueError(f"{name} must have {size} columns, got shape {tuple(tensor.shape)}")
+        if tensor.device != self.gram.device:
+            raise ValueError(f"{name} must be on {self.gram.device}, where the sums are, got {tensor.device}")
+        rows = tensor.detach().reshape(-1, size).double()
+        if not bool(largest_magnitude(rows).isfinite()):
+            raise NonFiniteError(f"{name} holds a NaN or an infinity; nothing of this batch was added")
+        return rows
 
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """The sums over the tokens of both, as new tensors.
@@ -146,17 +141,15 @@ class LayerStatistics:
             raise ValueError(f"other must be of shape {tuple(self.cross.shape)}, got {tuple(other.cross.shape)}")
         if self.gram.device != other.gram.device:
             raise ValueError(f"other must be on {self.gram.device}, got {other.gram.device}")
-        one, two = dataclasses.replace(self), dataclasses.replace(other)
-        one._rescale(other.x_exponent, other.r_exponent)
-        two._rescale(self.x_exponent, self.r_exponent)
-        return dataclasses.replace(
-            one,
-            gram=one.gram + two.gram,
-            cross=one.cross + two.cross,
-            square=one.square + two.square,
-            tokens=self.tokens + other.tokens,
-            single=self.single or other.single,
-        )
+        e, f = max(self.x_exponent, other.x_exponent), max(self.r_exponent, other.r_exponent)
+        one, two = self._sums_at(e, f), other._sums_at(e, f)
+        gram, cross, square = (a + b for a, b in zip(one, two, strict=True))
+        return LayerStatistics(gram, cross, square, self.tokens + other.tokens, e, f, self.single or other.single)
+
+    def _sums_at(self, e: int, f: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gram, cross and square for exponents at least as large as the present ones."""
+        x, r = self.x_exponent - e, self.r_exponent - f
+        return _scaled(self.gram, 2 * x), _scaled(self.cross, x + r), _scaled(self.square, 2 * r)
 
     def reduce(self, rtol: float | None = None) -> ReducedProblem:
         """Coordinates of X and P_X R from one eigendecomposition of G: what all closed forms take.
@@ -198,16 +191,22 @@ class LayerStatistics:
         )
 
 
+def _unit(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows at unit scale and the exponent taken out; of zeros the smallest, so that they never set the scale."""
+    scaled, exponent = unit_scale(rows)
+    return scaled, int(exponent) if bool(scaled.any()) else _SMALLEST
+
+
 def _scaled(tensor: Tensor, power: int) -> Tensor:
-    """``tensor 2^power`` for a power of at most zero, past which nothing of float64's range is left at -2200."""
+    """``tensor 2^power`` for a power of at most zero; 2^-2200 takes every number of float64 to zero."""
     return tensor if power == 0 else times_power(tensor, torch.tensor(max(power, -2200), device=tensor.device))
 
 
 def energy_rank(space: ColumnSpace, share: float = 0.99) -> int:
-    """How many directions hold a share of ``||X||_F^2``: the smallest k with ``sum_{j<=k} sigma_j^2 >= share s``.
+    """The smallest k with ``sum_{j<=k} sigma_j^2 >= share sum_j sigma_j^2``: directions that hold a share of X.
 
     Args:
-        space: Of one X, direct or from sums.
+        space: Of one X, direct or from sums; singular values at or below its cutoff count as zero.
         share: Above 0, at most 1.
 
     Returns:
@@ -249,17 +248,17 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
         ResultsError: If the file is damaged or of another kind.
     """
     if not path.is_file():
-        raise FileNotFoundError(2, "no such statistics file", str(path))
+        raise FileNotFoundError(errno.ENOENT, "no such statistics file", str(path))
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ResultsError(f"{path} is no statistics file of this version (format {metadata.get('format')!r})")
-            return {
-                name: LayerStatistics(**{field: file.get_tensor(f"{name}:{field}") for field in _SUMS}, **scalars)
-                for name, scalars in json.loads(metadata["layers"]).items()
-            }
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        if isinstance(error, ResultsError):
-            raise
+            if metadata.get("format") == _FORMAT:
+                return {name: _layer(file, name, scalars) for name, scalars in json.loads(metadata["layers"]).items()}
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} is truncated or damaged ({error}); write it again") from error
+    raise ResultsError(f"{path} is no statistics file of this version: its format is {metadata.get('format')!r}")
+
+
+def _layer(file: Any, name: str, scalars: Mapping[str, Any]) -> LayerStatistics:
+    sums = (file.get_tensor(f"{name}:{field}") for field in _SUMS)
+    return LayerStatistics(*sums, *(scalars[field] for field in _SCALARS))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.column_space import column_space
 from diablo_theory.theory.problems import low_rank_inputs
 from diablo_theory.theory.stationarity import amplifiers, certificate, rank_premise
 
@@ -110,6 +111,31 @@ def test_the_premise_margin_is_in_decades(weak, holds):
     assert premise.holds is holds
     cutoff = 4096 * 2.0**-52 * float(torch.linalg.matrix_norm(X, 2))
     assert premise.margin == pytest.approx(math.log10(weak / cutoff), abs=1e-3)
+
+
+@pytest.mark.parametrize(("weak", "decade"), [(1e-3, 3), (1e-11, 11), (1e-13, 0)])
+def test_what_lies_below_the_cutoff_leaks_and_is_not_amplified(weak, decade):
+    generator = seeded(4)
+    Z, _ = torch.linalg.qr(gaussian(20, 2, generator))
+    X = torch.cat([Z @ torch.diag(torch.tensor([1.0, weak], dtype=torch.float64)), Z], dim=1)
+    found = certificate(X, gaussian(20, 4, generator), BlockLayout(4, 4, 2))
+    assert math.log10(found.amplification) == pytest.approx(decade, abs=0.2)
+    assert (found.leak > 0.1 * found.grad_full) is (decade == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bound_holds_of_the_part_of_the_gradient_below_the_cutoff(dtype):
+    """A feature far larger than the others, as language models have, sets a cutoff above all others in float32."""
+    generator, layout = seeded(5), BlockLayout(12, 9, 3)
+    X = gaussian(40, 12, generator)
+    X[:, 3] = 3e4
+    g = gaussian(40, 9, generator)
+    X, g = X.to(dtype), (g - g.mean(0)).to(dtype)
+    found, whole = certificate(X, g, layout), float((X.double().T @ g.double()).norm())
+    assert found.grad_full == pytest.approx(whole, rel=1e-6)
+    assert whole <= found.bound
+    kept = column_space(X)
+    assert (int(kept.rank) == 1) == (dtype == torch.float32)
 
 
 def test_rank_zero_meets_the_premise():
