@@ -22,7 +22,7 @@ _FEW_SAMPLES = (
     partial(network_instances.mlp_problem, (13, 17, 7), (2, 3), 3, repeats=2),
     partial(network_instances.mlp_problem, (12, 18, 9), (2, 3), 4, repeats=2, activation="gelu"),
     partial(network_instances.mlp_problem, (12, 40, 9), (2, 2), 3, repeats=2, activation="relu"),
-    partial(network_instances.attention_problem, 15, 18, 3, 2, 2, repeats=2),
+    partial(network_instances.attention_problem, 18, 21, 3, 2, 2, repeats=2),
 )
 # more samples than d1, N > 1, and as many outputs as the last layer has
 _MANY_SAMPLES = partial(network_instances.mlp_problem, (9, 7, 5), (3, 2), 100)
