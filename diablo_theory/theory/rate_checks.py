@@ -1,4 +1,4 @@
-"""D1 and D2: the rate of gradient descent, and where Adam arrives, for DiaBlo and LoRA on the linear problem."""
+"""D1: gradient descent converges at the rate that the curvature predicts, for DiaBlo and LoRA."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import curvature, dynamics, optima, parametrisations
+from diablo_theory.theory import curvature, dynamics, parametrisations
 from diablo_theory.theory.arithmetic import Arithmetic, gaussian
 from diablo_theory.theory.instances import clear_problem
 from diablo_theory.theory.parametrisations import Parametrisation
 from diablo_theory.theory.problems import LinearProblem
-from diablo_theory.theory.reduction import reduce_problem
 from diablo_theory.theory.tolerances import tolerance
-from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe, room
+from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe
 
 # rows b, m1, m2, N, rank X, LoRA's rank: within L2's premise; ragged; beyond the premise
 _SIZES = ((24, 12, 9, 3, 3, 1), (24, 13, 8, 3, 4, 2), (20, 8, 11, 4, 5, 2))
@@ -129,7 +128,9 @@ def rate(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> lis
             share = low + (high - low) * float(torch.rand(1, generator=generator))
             step = share / float(own[0])
             factors = case.factors(step, generator)
-            statement = f"{case.method.method}: gradient descent at the predicted rate (control: a step beyond 2/lambda)"
+            statement = (
+                f"{case.method.method}: gradient descent at the predicted rate (control: a step beyond 2/lambda)"
+            )
             off = _departure(factors, curvature.contraction(own, step))
             verdicts.append(trial.vanishes(role, statement, Premise(share < 2, 1 - share / 2), off, bound))
             if role == "claim":
