@@ -93,6 +93,14 @@ _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
             "rounds by 2^-52 / 2^-26, and the instances' Hessians amplify either by at most 2^13.",
         ),
     },
+    "arrival": {
+        torch.float64: Tolerance(
+            2.0**20 * 1e-12,
+            "2^20 * 1e-12: descent stops where the gradient is 1e-6 of the first, and an excess is at most its square "
+            "over 2 lambda_min, with lambda_max / lambda_min <= 2^16 and at most 16 times the captured loss at the "
+            "start; relative to that captured loss.",
+        ),
+    },
     "stationarity": {
         torch.float64: Tolerance(
             1e-4,

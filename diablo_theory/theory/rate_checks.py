@@ -1,4 +1,4 @@
-"""D1 and D2: the rate of gradient descent, and where Adam arrives, for DiaBlo and LoRA on the linear problem."""
+"""D1: gradient descent converges at the rate that the curvature predicts, for DiaBlo and LoRA."""
 
 from __future__ import annotations
 
