@@ -6,12 +6,15 @@ import oracles
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import Case, cases, singles
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory.column_space import times_power
+from diablo_theory.theory.optima import diablo_optimum, full_optimum, lora_optimum
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.reduction import reduce_problem
+from diablo_theory.theory.statistics import LayerStatistics
 from diablo_theory.theory.tolerances import tolerance
 
 LOSS = tolerance("loss").value
@@ -110,3 +113,25 @@ def test_shares_are_of_what_is_captured():
         LinearProblem(*(torch.zeros(size) for size in ((9, 6), (6, 4), (9, 4))), BlockLayout(6, 4, 2))
     )
     assert nothing.share(nothing.captured) == 0.0
+
+
+@given(cases(powers=(0, -100, 100)), st.integers(1, 4))
+def test_sums_over_tokens_reduce_to_the_same_problem(case, batches):
+    """Batch by batch, of scales far apart: what is captured, and what is not, are those of all tokens at once."""
+    case = dataclasses.replace(case, condition=1.0)
+    problem, layout, square = case.problem(), case.layout, case.problem().R.square().sum()
+    scales = [2.0 ** (40 * j) for j in range(batches)]
+    X = torch.cat([problem.X * scale for scale in scales])
+    R = torch.cat([problem.R / scale for scale in scales])
+    whole = LinearProblem(X, torch.zeros(case.m1, case.m2).double(), R, layout)
+    parts = zip(X.split(case.rows), R.split(case.rows), strict=True)
+    direct, streamed = reduce_problem(whole), LayerStatistics.of(parts).reduce()
+    assert streamed.space.rank == direct.space.rank
+    assert float(streamed.loss_of(streamed.outside)) == pytest.approx(
+        float(direct.loss_of(direct.outside)), abs=1e-9 * float(square)
+    )
+    for solve in (lambda q: full_optimum(q), lambda q: diablo_optimum(q, layout), lambda q: lora_optimum(q, 1)):
+        found, expected = solve(streamed), solve(direct)
+        assert abs(float(found.gap - expected.gap)) <= 1e-9 * float(square)
+        error = (problem.X @ (found.update - expected.update)).norm()
+        assert error <= 1e-9 * float(problem.R.norm())
