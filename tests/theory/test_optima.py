@@ -1,7 +1,7 @@
 import dataclasses
 
+import dense_oracles as oracles
 import numpy as np
-import oracles
 import pytest
 import scipy.linalg
 import torch

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from dense_oracles import numbers, trained_entries
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import numbers, trained_entries
 from strategies import Case, cases
 
 from diablo_theory.blocks import BlockLayout

@@ -1,8 +1,8 @@
 import dataclasses
 import math
 
+import dense_oracles as oracles
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given
