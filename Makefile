@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce quick test test-model lint check figures clean
+.PHONY: help reproduce quick test test-slow test-model lint check figures clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | column -t -s:
@@ -17,7 +17,10 @@ reproduce: $(INSTALLED)  ## check the theory, fine-tune a real model, write the 
 	$(BIN)/diablo-theory reproduce $(ARGS)
 
 test: $(INSTALLED)  ## the default tests: no network, no pretrained model
-	$(BIN)/pytest -m "not model" $(ARGS)
+	$(BIN)/pytest -m "not model and not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find
+	$(BIN)/pytest -m slow $(ARGS)
 
 test-model: $(INSTALLED)  ## the tests on the real pretrained model
 	$(BIN)/pytest -m model $(ARGS)
@@ -27,7 +30,7 @@ lint: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test test-model  ## everything that CI runs
+check: lint test test-slow test-model  ## everything that CI runs
 
 figures: $(INSTALLED)  ## draw the figures of the saved results again
 	$(BIN)/python figures/make_figures.py

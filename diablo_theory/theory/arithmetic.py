@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,10 +22,17 @@ class Arithmetic:
         dtype: float64 or float32.
         device: Where tensors live, such as "cpu" or "cuda:0". Draws are made on the CPU, so that every device sees
             the same numbers.
+
+    Raises:
+        ValueError: If the dtype is another one.
     """
 
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype}")
 
     def place(self, matrix: Tensor) -> Tensor:
         """The matrix in this precision, on this device."""
@@ -64,9 +72,11 @@ def require_matrix(name: str, value: Tensor) -> None:
     """Raise unless a tensor is a float32 or float64 matrix, or a batch of such, without a NaN or an infinity.
 
     Raises:
-        ValueError: If the dtype or the number of dimensions does not fit.
+        ValueError: If the dtype or the number of dimensions does not fit, or the tensor is sparse or holds no numbers.
         NonFiniteError: If it holds a NaN or an infinity.
     """
+    if value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"{name} must be dense and hold numbers, got {value.layout} on {value.device}")
     if value.ndim < 2 or value.dtype not in DTYPES:
         raise ValueError(f"{name} must be a float32 or float64 matrix, got {value.dtype} with {value.ndim} dimensions")
     if not bool(torch.isfinite(value).all()):
@@ -84,6 +94,26 @@ def require_like(name: str, value: Tensor, shape: tuple[int, int], first: Tensor
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.dtype != first.dtype:
         raise ValueError(f"{name} must have the dtype of the inputs, {first.dtype}, got {value.dtype}")
+    require_device(name, value, first)
+    require_matrix(name, value)
+
+
+def require_device(name: str, value: Tensor, first: Tensor) -> None:
+    """Raise ValueError unless a tensor is on the device of the first one."""
     if value.device != first.device:
         raise ValueError(f"{name} must be on the device of the inputs, {first.device}, got {value.device}")
-    require_matrix(name, value)
+
+
+def require_broadcast(**matrices: Tensor) -> None:
+    """Raise ValueError, with the names, unless the batch dimensions of matrices broadcast."""
+    try:
+        np.broadcast_shapes(*(value.shape[:-2] for value in matrices.values()))
+    except ValueError:
+        *most, last = (f"{name} {tuple(value.shape[:-2])}" for name, value in matrices.items())
+        raise ValueError(f"the batch dimensions of {', '.join(most)} and {last} must broadcast") from None
+
+
+def require_integer(name: str, value: object) -> None:
+    """Raise TypeError unless a value is an integer, Python's or numpy's."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")

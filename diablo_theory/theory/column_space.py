@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.errors import NonFiniteError
+from diablo_theory.theory.arithmetic import require_matrix
 from diablo_theory.theory.tolerances import tolerance
 
 
@@ -124,6 +124,8 @@ def times_power(value: Float[Tensor, "*shape"], exponent: Int[Tensor, ...]) -> F
 def unit_scale(matrix: Float[Tensor, "*batch n m"]) -> tuple[Float[Tensor, "*batch n m"], Int[Tensor, "*batch"]]:
     """Take the power of two out of a matrix, exactly, so that squares of its entries neither overflow nor vanish.
 
+    Closed forms are values: no gradient flows back through them, and here is where it stops.
+
     Args:
         matrix: Shape (..., n, m), finite, any scale.
 
@@ -131,6 +133,7 @@ def unit_scale(matrix: Float[Tensor, "*batch n m"]) -> tuple[Float[Tensor, "*bat
         The float64 matrix with its largest magnitude in [1, 2) (or all zeros), and the exponent taken out,
         shape (...).
     """
+    matrix = matrix.detach()
     largest = largest_magnitude(matrix).double()
     exponent = torch.where(largest > 0, torch.frexp(largest).exponent.long() - 1, 0)
     return times_power(matrix.double(), -exponent[..., None, None]), exponent
@@ -178,10 +181,9 @@ def column_space(X: Float[Tensor, "*batch b m1"], rtol: float | None = None) -> 
 
     Raises:
         NonFiniteError: If X holds a NaN or an infinity.
-        ValueError: If rtol is not between the dtype's eps and 1.
+        ValueError: If X is not a float32 or float64 matrix, or rtol is not between the dtype's eps and 1.
     """
-    if not bool(torch.isfinite(X).all()):
-        raise NonFiniteError("X holds a NaN or an infinity; remove such rows before analysing it")
+    require_matrix("X", X)
     eps = torch.finfo(X.dtype).eps
     relative = tolerance("rank", X.dtype).value if rtol is None else rtol
     if not eps <= relative < 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.theory import optima
-from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.arithmetic import gaussian, require_integer, seeded
 from diablo_theory.theory.column_space import ColumnSpace, column_space, written_groups
 from diablo_theory.theory.problems import TARGETS, LinearProblem, low_rank_inputs, update_of_kind
 from diablo_theory.theory.reduction import ReducedProblem
@@ -49,6 +49,7 @@ class Grid:
 
     Raises:
         ConfigError: If the target is unknown.
+        TypeError: If a count is not an integer, or a sequence is neither a list nor a tuple.
         ValueError: If a value is out of range; the message names it.
     """
 
@@ -68,6 +69,7 @@ class Grid:
         if self.target not in TARGETS:
             raise ConfigError(f"unknown target {self.target!r}.{nearest(self.target, TARGETS)}")
         for name in ("rows", "size", "outputs", "draws"):
+            require_integer(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         limits: dict[str, tuple[float, float]] = {
@@ -79,9 +81,13 @@ class Grid:
         }
         for name, (low, high) in limits.items():
             values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise TypeError(f"{name} must be a list or a tuple, got {values!r}")
             if not values:
                 raise ValueError(f"{name} must hold at least one value")
             for value in values:
+                if name in ("ranks", "block_counts", "target_ranks"):
+                    require_integer(name, value)
                 if not low <= value <= high:
                     raise ValueError(f"{name} must lie from {low:g} to {high:g}, got {value}")
         if self.target != "low-rank" and len(self.target_ranks) > 1:

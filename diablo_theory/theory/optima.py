@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory.arithmetic import require_matrix
+from diablo_theory.theory.arithmetic import require_broadcast, require_device, require_integer, require_matrix
 from diablo_theory.theory.column_space import (
     ColumnSpace,
     TruncatedSVD,
@@ -37,7 +37,8 @@ class Optimum:
         gap: Its excess over full fine-tuning, at least 0, the same unit and shape.
         relative_gap: The gap as a fraction of 1/2 ||P_X R||_F^2, what full fine-tuning captures; from 0 to 1, and 0
             where there is nothing to capture. Free of any scale. ``1 - relative_gap`` is the capture ratio.
-        minimiser: A dW in the set that attains the minimum, shape (..., m1, m2), float64; None if not asked for.
+        minimiser: A dW in the set that attains the minimum, shape (..., m1, m2), float64, with entries that are
+            infinite or zero where float64 cannot hold them; None if not asked for.
         num_parameters: Trainable entries.
     """
 
@@ -62,12 +63,11 @@ class Optimum:
 
 def _optimum(method: str, problem: ReducedProblem, missed: Tensor, dW: Tensor | None, num_parameters: int) -> Optimum:
     """Put scales back: ``missed`` is what the fit leaves of the coordinates of P_X R, squared and summed."""
-    total = problem.captured
     return Optimum(
         method=method,
         minimum=problem.loss_of(problem.outside + missed),
         gap=problem.loss_of(missed),
-        relative_gap=torch.where(total > 0, missed / total, 0.0),
+        relative_gap=problem.share(missed),
         minimiser=None if dW is None else problem.update_of(dW),
         num_parameters=num_parameters,
     )
@@ -148,10 +148,12 @@ def lora_optimum(problem: ReducedProblem, rank: int, minimiser: bool = True) -> 
         The optimum, with rho (m1 + m2) parameters.
 
     Raises:
-        ValueError: If the rank is negative.
+        TypeError: If the rank is not an integer.
+        ValueError: If it is negative.
 
     Source: theory.md, table "Linear problem", row "LoRA"; Eckart and Young (1936).
     """
+    require_integer("rank", rank)
     if rank < 0:
         raise ValueError(f"rank must be at least 0, got {rank}")
     parameters = rank * sum(_sizes(problem))
@@ -170,11 +172,9 @@ def lora_relative_gaps(problem: ReducedProblem) -> Float[Tensor, "... ranks"]:
         Shape (..., min(k, m2) + 1), descending from 1 (where there is something to capture) to 0.
     """
     squares = torch.linalg.svdvals(problem.target).square()
-    tails = torch.cat([squares.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(squares[..., :1])], -1)
-    if squares.shape[-1] == 0:
-        return torch.zeros_like(problem.outside)[..., None]
-    total = tails[..., :1]
-    return torch.where(total > 0, tails / total, 0.0)
+    zero = squares.new_zeros(*squares.shape[:-1], 1)
+    tails = torch.cat([squares.flip(-1).cumsum(-1).flip(-1), zero], -1)
+    return problem.share(tails.movedim(-1, 0)).movedim(0, -1)
 
 
 def frozen_lora_optimum(problem: ReducedProblem, A: Float[Tensor, "... m1 rho"], minimiser: bool = True) -> Optimum:
@@ -194,7 +194,7 @@ def frozen_lora_optimum(problem: ReducedProblem, A: Float[Tensor, "... m1 rho"],
 
     Source: theory.md, L6.
     """
-    scaled, reach = _reach(problem.space, A)
+    scaled, reach = _reach(problem, A)
     dW = scaled @ reach.pinv_times(problem.target) if minimiser else None
     missed = _square(reach.outside(problem.target))
     return _optimum("lora-frozen-a", problem, missed, dW, A.shape[-1] * problem.target.shape[-1])
@@ -227,10 +227,12 @@ def lora_tangent_optimum(
     Source: theory.md, "set" and "tangent" capture.
     """
     rho, m2 = A.shape[-1], problem.target.shape[-1]
-    require_matrix("B", B)
     if B.shape[-2:] != (rho, m2):
         raise ValueError(f"B must have shape {(rho, m2)}, got {tuple(B.shape)}")
-    scaled, reach = _reach(problem.space, A)
+    require_device("B", B, problem.target)
+    require_matrix("B", B)
+    require_broadcast(problem=problem.target, A=A, B=B)
+    scaled, reach = _reach(problem, A)
     rows = unit_scale(B)[0].mT
     readout = truncated_svd(rows, tolerance("rank", B.dtype).value * _norm(rows))
     beside = reach.outside(problem.target)
@@ -241,13 +243,16 @@ def lora_tangent_optimum(
     return _optimum("lora-tangent", problem, _square(missed), dW, rho * sum(_sizes(problem)))
 
 
-def _reach(space: ColumnSpace, A: Tensor) -> tuple[Tensor, TruncatedSVD]:
+def _reach(problem: ReducedProblem, A: Tensor) -> tuple[Tensor, TruncatedSVD]:
     """A at unit scale, and the SVD of Y A; rounding of the product is relative to ``||Y|| ||A||``."""
+    Y = problem.space.coordinates
+    require_device("A", A, Y)
     require_matrix("A", A)
-    if A.shape[-2] != space.coordinates.shape[-1]:
-        raise ValueError(f"A must have {space.coordinates.shape[-1]} rows, got {A.shape[-2]}")
+    require_broadcast(problem=problem.target, A=A)
+    if A.shape[-2] != Y.shape[-1]:
+        raise ValueError(f"A must have {Y.shape[-1]} rows, got {A.shape[-2]}")
     scaled, _ = unit_scale(A)
-    return scaled, truncated_svd(space.coordinates @ scaled, space.cutoff * _norm(scaled))
+    return scaled, truncated_svd(Y @ scaled, problem.space.cutoff * _norm(scaled))
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -294,9 +299,14 @@ def worst_case_target(
     Returns:
         T, shape (b, m2), the dtype of X; equal to X W0 where X has rank 0.
 
+    Raises:
+        ValueError: If the layout is not of the weight's size, or the space is not of X.
+
     Source: theory.md, L3.
     """
-    assert space.basis is not None
+    require_layout(layout, *W0.shape)
+    if space.basis is None or (space.basis.shape[0], space.coordinates.shape[-1]) != X.shape:
+        raise ValueError("space must be column_space(X), with its basis, of this one X")
     r, R = int(space.rank), torch.zeros(X.shape[0], layout.out_features, dtype=torch.float64, device=X.device)
     if r:
         for i in written_groups(layout):

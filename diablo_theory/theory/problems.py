@@ -7,14 +7,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import ConfigError, NonFiniteError, nearest
-from diablo_theory.theory.arithmetic import FLOAT64, Arithmetic, gaussian, require_like, require_matrix
+from diablo_theory.theory.arithmetic import (
+    FLOAT64,
+    Arithmetic,
+    gaussian,
+    require_broadcast,
+    require_like,
+    require_matrix,
+)
 
 TargetKind = Literal["generic", "low-rank", "block-aligned", "sparse", "noise"]
 TARGETS: tuple[str, ...] = get_args(TargetKind)
@@ -54,13 +60,9 @@ class LinearProblem:
         require_like("X", self.X, (b, m1), self.X)
         require_like("W0", self.W0, (m1, m2), self.X)
         require_like("T", self.T, (b, m2), self.X)
-        try:
-            np.broadcast_shapes(self.X.shape[:-2], self.W0.shape[:-2], self.T.shape[:-2])
-        except ValueError:
-            raise ValueError(
-                f"the batch dimensions of X {tuple(self.X.shape[:-2])}, W0 {tuple(self.W0.shape[:-2])} and "
-                f"T {tuple(self.T.shape[:-2])} must broadcast"
-            ) from None
+        require_broadcast(X=self.X, W0=self.W0, T=self.T)
+        if self.truth is not None:
+            require_like("truth", self.truth, (m1, m2), self.X)
         if not bool(torch.isfinite(self.R).all()):
             raise NonFiniteError("R = T - X W0 overflows; scale X or W0 down")
 
@@ -70,7 +72,16 @@ class LinearProblem:
         return self.T - self.X @ self.W0
 
     def loss(self, dW: Float[Tensor, "... m1 m2"]) -> Float[Tensor, ...]:
-        """``1/2 ||X (W0 + dW) - T||_F^2``, shape (...), in the dtype of dW."""
+        """``1/2 ||X (W0 + dW) - T||_F^2``, shape (...), in the dtype of dW, float32 or float64.
+
+        Raises:
+            ValueError: If the shape or the dtype of dW does not fit.
+            NonFiniteError: If dW holds a NaN or an infinity.
+        """
+        m1, m2 = self.layout.in_features, self.layout.out_features
+        if dW.shape[-2:] != (m1, m2):  # a single column would broadcast against R
+            raise ValueError(f"dW must have shape {(m1, m2)}, got {tuple(dW.shape)}")
+        require_matrix("dW", dW)
         return 0.5 * (self.X.to(dW.dtype) @ dW - self.R.to(dW.dtype)).square().sum((-2, -1))
 
 
@@ -169,9 +180,10 @@ def linear_problem(
         condition: Of X; see :func:`low_rank_inputs`.
         target: One of ``TARGETS``: "generic" draws T itself, the others set ``T = X (W0 + dW*) + E``.
         target_rank: Rank of a "low-rank" dW*.
-        noise: ``||E||_F / ||X dW*||_F``, at least 0; for the target "noise" the standard deviation of E's entries,
-            where 0 means 1.
-        scale: Multiplies X and T (W0 stays of order one).
+        noise: ``||E||_F / ||X dW*||_F``, at least 0, and 0 for a "generic" target, which has no dW*; for the target
+            "noise" the standard deviation of E's entries, where 0 means 1.
+        scale: Multiplies X and T (W0 stays of order one); within the normal numbers of the precision by a factor
+            of 1/eps, so that neither the rank is lost to underflow nor a sum to overflow.
         arithmetic: The precision and device of the tensors.
 
     Returns:
@@ -179,10 +191,16 @@ def linear_problem(
 
     Raises:
         ConfigError: If the target is unknown.
-        ValueError: If a rank, the condition or the noise is out of range.
+        ValueError: If a rank, the condition, the noise or the scale is out of range.
     """
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be at least 0 and finite, got {noise}")
+    if noise and target == "generic":
+        raise ValueError(f"noise must be 0 for target 'generic', which has no signal, got {noise}")
+    numbers = torch.finfo(arithmetic.dtype)
+    low, high = numbers.tiny / numbers.eps, numbers.max * numbers.eps
+    if not low <= scale <= high:
+        raise ValueError(f"scale must lie from {low:.3g} to {high:.3g} for {arithmetic.dtype}, got {scale}")
     X = low_rank_inputs(rows, layout.in_features, rank, generator, condition)
     W0 = gaussian(layout.in_features, layout.out_features, generator) / layout.in_features**0.5
     truth = update_of_kind(target, layout, generator, target_rank)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from diablo_theory.theory.column_space import ColumnSpace, column_space, times_power, unit_scale
 from diablo_theory.theory.problems import LinearProblem
+from diablo_theory.theory.tolerances import tolerance
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class ReducedProblem:
     def captured(self) -> Float[Tensor, ...]:
         """``||P_X R||_F^2`` with R at unit scale, shape (...): what full fine-tuning captures."""
         return self.target.square().sum((-2, -1))
+
+    def share(self, missed: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """``missed / captured``, free of any scale, and 0 where there is nothing to capture.
+
+        What is captured of an R that is orthogonal to col X is rounding: as in the rank decision, a ``||P_X R||`` of
+        at most 4096 eps of ``||R||`` is nothing.
+        """
+        rounding = tolerance("rank").value ** 2 * (self.captured + self.outside)
+        return torch.where(self.captured > rounding, missed / self.captured, 0.0)
 
     def loss_of(self, missed: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """``missed / 2`` in the units of the problem's loss, for a squared norm at unit scale."""

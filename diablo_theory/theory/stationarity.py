@@ -76,16 +76,17 @@ def rank_premise(X: Float[Tensor, "b m1"], layout: BlockLayout, space: ColumnSpa
         The premise with its ranks and margin.
 
     Raises:
-        ValueError: If X does not have the layout's number of columns.
+        ValueError: If X is not one matrix with the layout's number of columns.
 
     Source: arXiv 2506.03230v2, the rank condition of its sufficiency theorem; theory.md, L2 and S1.
     """
-    _require_columns(X, layout)
+    _require_one(X, layout)
     return premise_of(space or column_space(X), layout)
 
 
 def premise_of(space: ColumnSpace, layout: BlockLayout) -> RankPremise:
     """The same from the coordinates of one X, which may come from sums over tokens alone."""
+    _require_one(space.coordinates, layout)
     spectra = [_spectrum(space.group(layout, i)) for i in written_groups(layout)]
     cutoff, noise, r = float(space.cutoff), float(space.noise), int(space.rank)
     ranks = tuple(int((sigma > cutoff).sum()) for sigma in spectra)
@@ -110,11 +111,11 @@ def amplifiers(X: Float[Tensor, "b m1"], layout: BlockLayout) -> list[Float[Tens
         One matrix a group, shape (rows of block i, m1), float64.
 
     Raises:
-        ValueError: If X does not have the layout's number of columns.
+        ValueError: If X is not one matrix with the layout's number of columns.
 
     Source: theory.md, S1 and S3.
     """
-    _require_columns(X, layout)
+    _require_one(X, layout)
     space = column_space(X)
     groups = (truncated_svd(space.group(layout, i), space.cutoff) for i in written_groups(layout))
     return [group.pinv_times(space.coordinates) for group in groups]
@@ -137,11 +138,13 @@ def certificate(X: Float[Tensor, "b m1"], g: Float[Tensor, "b m2"], layout: Bloc
 
     Source: theory.md, S3.
     """
-    _require_columns(X, layout)
+    _require_one(X, layout)
     require_like("g", g, (X.shape[0], layout.out_features), X)
+    if g.ndim != 2:
+        raise ValueError(f"g must be one matrix, got shape {tuple(g.shape)}")
     space = column_space(X)
     scaled, exponent = unit_scale(g)
-    gradient = times_power(X.double(), -space.exponent).mT @ scaled
+    gradient = unit_scale(X)[0].mT @ scaled
     return certificate_of(space, gradient, space.exponent + exponent, layout)
 
 
@@ -164,11 +167,12 @@ def certificate_of(
         The certificate, in the units of X times g.
 
     Raises:
-        ValueError: If the layout is not of the gradient's size.
+        ValueError: If the layout is not of the gradient's size, or the space is a batch or of another size.
 
     Source: theory.md, S3 and "At scale, from sums alone".
     """
     require_layout(layout, *gradient.shape)
+    _require_one(space.coordinates, layout)
     blocks = leak = amplification = gradient.new_zeros(())
     for i in written_groups(layout):
         cols = layout.cols(i)
@@ -186,6 +190,8 @@ def certificate_of(
     )
 
 
-def _require_columns(X: Tensor, layout: BlockLayout) -> None:
+def _require_one(X: Tensor, layout: BlockLayout) -> None:
+    if X.ndim != 2:
+        raise ValueError(f"X must be one matrix, got shape {tuple(X.shape)}")
     if X.shape[-1] != layout.in_features:
         raise ValueError(f"X must have {layout.in_features} columns, got {X.shape[-1]}")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.theory.arithmetic import gaussian, seeded
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian, seeded
 from diablo_theory.theory.column_space import (
     column_space,
     decide_rank,
@@ -112,13 +112,88 @@ def test_no_rows_means_rank_zero():
     assert column_space(torch.zeros(0, 3)).basis.shape == (0, 0)
 
 
+@pytest.mark.parametrize("arithmetic", [Arithmetic(), Arithmetic(torch.float32)])
+def test_a_sweep_across_the_cutoff_flips_the_decision_once(arithmetic):
+    """A second singular value from well below the cutoff to well above: the margin is its distance, near 0 between."""
+    eps = torch.finfo(arithmetic.dtype).eps
+    Z, _ = torch.linalg.qr(gaussian(20, 2, seeded(4)))
+    decades = torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)
+    decisions = [
+        column_space(arithmetic.place(Z * torch.tensor([1.0, 4096 * eps * 10**decade]))).decision for decade in decades
+    ]
+    ranks = [int(decision.rank) for decision in decisions]
+    assert ranks == sorted(ranks)
+    assert set(ranks) == {1, 2}
+    for decade, decision in zip(decades, decisions, strict=True):
+        assert float(decision.margin) == pytest.approx(abs(float(decade)), abs=0.01)
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.lists(st.integers(0, 8), min_size=1, max_size=3))
+def test_a_batch_of_different_ranks_and_scales_equals_a_loop(rows, cols, ranks):
+    singles = [low_rank_inputs(rows, cols, min(rank, rows, cols), seeded(j)) * 1e40**j for j, rank in enumerate(ranks)]
+    batch = column_space(torch.stack(singles))
+    for j, X in enumerate(singles):
+        alone = column_space(X)
+        assert (batch.rank[j], batch.exponent[j]) == (alone.rank, alone.exponent)
+        assert float(batch.decision.margin[j]) == pytest.approx(float(alone.decision.margin), abs=1e-6)
+        back = times_power(batch.basis[j] @ batch.coordinates[j], batch.exponent[j])
+        torch.testing.assert_close(back, X, rtol=0, atol=1e-12 * float(X.norm()))
+
+
+def test_each_matrix_of_a_batch_is_scaled_by_its_own():
+    batch = torch.tensor([5e-324, 1e-310, 1.0, 1.7e308, 0.0], dtype=torch.float64)[:, None, None].expand(5, 2, 3)
+    scaled, exponent = unit_scale(batch)
+    assert ((scaled.abs() >= 1) & (scaled.abs() < 2))[:4].all()
+    assert not scaled[4].any()
+    assert [math.ldexp(float(s), int(e)) for s, e in zip(scaled[:, 0, 0], exponent, strict=True)] == batch[
+        :, 0, 0
+    ].tolist()
+
+
+def test_subnormal_inputs_are_taken_at_their_word():
+    """At 1e-320 an entry has 11 bits left: rounded, a rank of 1 becomes the full one, which is what was given."""
+    generator = seeded(0)
+    exact = torch.randint(-9, 10, (6, 1), generator=generator) @ torch.randint(-9, 10, (1, 4), generator=generator)
+    assert column_space(exact.double() * 5e-324).rank == 1
+    assert column_space(low_rank_inputs(6, 4, 1, generator) * 1e-320).rank == 4
+    assert column_space(low_rank_inputs(6, 4, 1, generator) * 1e-300).rank == 1
+
+
+def test_no_gradient_flows_back():
+    X = low_rank_inputs(6, 4, 2, seeded(0)).requires_grad_()
+    space = column_space(X)
+    assert not any(part.requires_grad for part in (space.basis, space.coordinates, space.cutoff, space.noise))
+
+
+def test_no_problems_make_an_empty_batch():
+    space = column_space(torch.zeros(0, 3, 2))
+    assert (space.rank.shape, space.coordinates.shape) == ((0,), (0, 2, 2))
+
+
+@pytest.mark.usefixtures("unannotated")
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (torch.ones(3), "X must be a float32 or float64 matrix, got torch.float32 with 1 dimensions"),
+        (torch.ones(3, 3).long(), "X must be a float32 or float64 matrix, got torch.int64"),
+        (torch.ones(3, 3).half(), "X must be a float32 or float64 matrix, got torch.float16"),
+        (torch.ones(3, 3).bfloat16(), "X must be a float32 or float64 matrix, got torch.bfloat16"),
+        (torch.ones(3, 3).cdouble(), "X must be a float32 or float64 matrix, got torch.complex128"),
+        (torch.ones(3, 3, device="meta"), "X must be dense and hold numbers, got torch.strided on meta"),
+    ],
+)
+def test_what_is_no_matrix_is_named(X, message):
+    with pytest.raises(ValueError, match=message):
+        column_space(X, rtol=0.01)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_inputs_are_refused(value):
     with pytest.raises(NonFiniteError, match="X holds a NaN or an infinity"):
         column_space(torch.tensor([[1.0, value]]))
 
 
-@pytest.mark.parametrize("rtol", [0.0, 1.0, -1e-3, 1e-17])
+@pytest.mark.parametrize("rtol", [0.0, 1.0, -1e-3, 1e-17, math.nan, math.inf])
 def test_rtol_out_of_range_is_named(rtol):
     with pytest.raises(ValueError, match=r"rtol must be at least eps = 2\.22e-16 of torch\.float64 and below 1"):
         column_space(torch.eye(2).double(), rtol)

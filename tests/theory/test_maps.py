@@ -2,10 +2,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import layouts
 
 from diablo_theory.errors import ConfigError
 from diablo_theory.theory.maps import Grid, cell_problem, map_cells
 from diablo_theory.theory.problems import TARGETS
+from diablo_theory.theory.tolerances import tolerance
 
 
 def cells(**fields):
@@ -138,6 +142,57 @@ def test_a_cell_depends_on_its_coordinates_and_the_seed_only():
 def test_values_out_of_range_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Grid(**fields)
+
+
+@pytest.mark.usefixtures("unannotated")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ranks": [2.5]}, "ranks must be an integer, got 2.5 of type float"),
+        ({"ranks": ["2"]}, "ranks must be an integer, got '2' of type str"),
+        ({"block_counts": [True]}, "block_counts must be an integer, got True of type bool"),
+        ({"target": "low-rank", "target_ranks": [1.0]}, "target_ranks must be an integer, got 1.0 of type float"),
+        ({"draws": 1.5}, "draws must be an integer, got 1.5 of type float"),
+        ({"rows": "9"}, "rows must be an integer, got '9' of type str"),
+        ({"ranks": 3}, "ranks must be a list or a tuple, got 3"),
+        ({"noises": "0"}, "noises must be a list or a tuple, got '0'"),
+        ({"block_counts": np.arange(1, 3)}, r"block_counts must be a list or a tuple, got array\(\[1, 2\]\)"),
+    ],
+)
+def test_values_of_another_kind_are_named(fields, message):
+    with pytest.raises(TypeError, match=message):
+        Grid(**fields)
+
+
+@given(layouts(), st.sampled_from(TARGETS), st.integers(1, 14), st.data())
+def test_what_holds_of_every_cell(layout, target, rows, data):
+    rank = data.draw(st.integers(1, min(rows, layout.in_features)))
+    noisy = target not in ("generic", "noise")
+    grid = Grid(
+        ranks=[rank],
+        block_counts=[layout.num_blocks],
+        conditions=[data.draw(st.sampled_from([1.0, 1e3]))],
+        target=target,
+        noises=[data.draw(st.sampled_from([0.0, 0.5])) if noisy else 0.0],
+        rows=rows,
+        size=layout.in_features,
+        outputs=layout.out_features,
+        draws=2,
+    )
+    (cell,) = map_cells(**grid.tasks()[0])
+    assert cell["diablo_params"] == layout.num_parameters
+    assert cell["lora_params"] <= layout.num_parameters < cell["lora_params"] + sum((grid.size, grid.outputs))
+    assert cell["frozen_params"] <= layout.num_parameters < cell["frozen_params"] + grid.outputs
+    for gap in ("diablo_gap", "lora_gap", "frozen_gap"):
+        assert 0 <= cell[gap] <= 1 + 1e-12
+    if cell["in_theorem"]:
+        assert cell["diablo_gap"] <= tolerance("gap").value
+    if rank <= cell["frozen_rank"]:
+        assert cell["frozen_gap"] <= tolerance("gap").value
+    if target == "low-rank" and not cell["noise"] and cell["lora_rank"]:
+        assert cell["lora_gap"] <= tolerance("gap").value
+    if target == "block-aligned" and not cell["noise"]:
+        assert cell["diablo_gap"] <= tolerance("gap").value
 
 
 def test_an_unknown_target_names_the_nearest():

@@ -10,7 +10,7 @@ from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory.arithmetic import gaussian, seeded
 from diablo_theory.theory.column_space import column_space
 from diablo_theory.theory.problems import low_rank_inputs
-from diablo_theory.theory.stationarity import amplifiers, certificate, rank_premise
+from diablo_theory.theory.stationarity import amplifiers, certificate, certificate_of, premise_of, rank_premise
 
 
 @st.composite
@@ -136,6 +136,90 @@ def test_the_bound_holds_of_the_part_of_the_gradient_below_the_cutoff(dtype):
     assert whole <= found.bound
     kept = column_space(X)
     assert (int(kept.rank) == 1) == (dtype == torch.float32)
+
+
+def test_a_sweep_across_the_cutoff_flips_the_premise_once():
+    Z, _ = torch.linalg.qr(gaussian(20, 2, seeded(4)))
+    cutoff, decades = 4096 * 2.0**-52 * math.sqrt(2), torch.linspace(-2, 2, 81, dtype=torch.float64)
+    premises = [
+        rank_premise(torch.cat([Z * torch.tensor([1.0, cutoff * 10**decade]), Z], dim=1), BlockLayout(4, 4, 2))
+        for decade in decades
+    ]
+    held = [premise.holds for premise in premises]
+    assert held == sorted(held)
+    assert set(held) == {True, False}
+    for decade, premise in zip(decades, premises, strict=True):
+        assert premise.margin == pytest.approx(float(decade), abs=0.01)
+        assert (premise.margin > 0) == premise.holds
+        assert premise.block_ranks == (2 if premise.holds else 1, 2)
+
+
+def test_a_column_repeated_within_a_block_breaks_the_premise():
+    X, layout = low_rank_inputs(20, 12, 4, seeded(2)), BlockLayout(12, 9, 3)
+    assert rank_premise(X, layout).holds
+    X[:, 1] = X[:, 0]
+    assert rank_premise(X, layout).block_ranks == (3, 4, 4)
+
+
+@given(layers())
+def test_neither_tokens_nor_rotations_within_blocks_matter(layer):
+    X, g, layout = layer
+    Q, _ = torch.linalg.qr(gaussian(len(X), len(X), seeded(1)))
+    inputs, outputs = torch.zeros(X.shape[1], X.shape[1]).double(), torch.zeros(g.shape[1], g.shape[1]).double()
+    for i in range(layout.count):
+        for mixing, part in ((inputs, layout.rows(i)), (outputs, layout.cols(i))):
+            size = part.stop - part.start
+            mixing[part, part] = torch.linalg.qr(gaussian(size, size, seeded(i)))[0]
+    plain, mixed = certificate(X, g, layout), certificate(Q @ X @ inputs, Q @ g @ outputs, layout)
+    scale = float(X.norm() * g.norm())
+    assert mixed.grad_full == pytest.approx(plain.grad_full, abs=1e-11 * scale)
+    assert mixed.grad_blocks == pytest.approx(plain.grad_blocks, abs=1e-11 * scale)
+    assert mixed.amplification == pytest.approx(plain.amplification, rel=1e-6)
+    assert mixed.leak == pytest.approx(plain.leak, rel=1e-7, abs=1e-8 * scale)
+
+
+def test_without_tokens_every_gradient_is_zero():
+    layout = BlockLayout(6, 4, 2)
+    found = certificate(torch.zeros(0, 6).double(), torch.zeros(0, 4).double(), layout)
+    assert (found.grad_full, found.grad_blocks, found.leak, found.bound) == (0.0, 0.0, 0.0, 0.0)
+    assert rank_premise(torch.zeros(0, 6).double(), layout).holds
+
+
+def test_tensors_that_require_gradients_are_read_as_numbers(recwarn):
+    layout, X, g = BlockLayout(6, 4, 2), gaussian(5, 6, seeded(0)), gaussian(5, 4, seeded(1))
+    traced = X.clone().requires_grad_(), g.clone().requires_grad_()
+    assert certificate(*traced, layout) == certificate(X, g, layout)
+    assert rank_premise(traced[0], layout) == rank_premise(X, layout)
+    assert not any(C.requires_grad for C in amplifiers(traced[0], layout))
+    assert not recwarn.list
+
+
+@pytest.mark.usefixtures("unannotated")
+def test_batches_are_refused():
+    layout, X = BlockLayout(6, 4, 2), gaussian(5, 6, seeded(0))
+    batch = X.expand(3, 5, 6)
+    for call in (
+        lambda: rank_premise(batch, layout),
+        lambda: amplifiers(batch, layout),
+        lambda: certificate(batch, torch.zeros(3, 5, 4).double(), layout),
+        lambda: premise_of(column_space(batch), layout),
+        lambda: certificate_of(column_space(batch), torch.zeros(6, 4).double(), torch.tensor(0), layout),
+    ):
+        with pytest.raises(ValueError, match=r"X must be one matrix, got shape \(3, 5, 6\)"):
+            call()
+    with pytest.raises(ValueError, match=r"g must be one matrix, got shape \(3, 5, 4\)"):
+        certificate(X, torch.zeros(3, 5, 4).double(), layout)
+
+
+def test_a_space_of_another_size_is_named():
+    layout, X = BlockLayout(6, 4, 2), gaussian(5, 8, seeded(0))
+    for call in (
+        lambda: premise_of(column_space(X), layout),
+        lambda: rank_premise(X[:, :6], layout, column_space(X)),
+        lambda: certificate_of(column_space(X), torch.zeros(6, 4).double(), torch.tensor(0), layout),
+    ):
+        with pytest.raises(ValueError, match="X must have 6 columns, got 8"):
+            call()
 
 
 def test_rank_zero_meets_the_premise():

@@ -1,0 +1,392 @@
+"""A check of the tests: each mutant of the library, wrong in one place, must fail the tests named beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+PACKAGE = TESTS.parent / "diablo_theory"
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong edit.
+
+    Args:
+        file: Below the package.
+        right: A snippet that occurs there once.
+        wrong: What replaces it.
+        tests: The test file that must fail, below tests/.
+        only: Its tests that must find the mutant, as an expression for ``pytest -k``.
+        reason: What the mutant gets wrong.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+    only: str
+    reason: str
+
+
+OPTIMA, LAWS = "theory/test_optima.py", "theory/test_optima_laws.py"
+SPACES, STATIONARITY = "theory/test_column_space.py", "theory/test_stationarity.py"
+REDUCTION, PROBLEMS, MAPS = "theory/test_reduction.py", "theory/test_problems.py", "theory/test_maps.py"
+
+MUTANTS = [
+    Mutant(
+        "blocks.py",
+        "self.block_rows * self.block_cols + rows * cols",
+        "self.block_rows * self.block_cols",
+        "test_blocks.py",
+        "known_geometries",
+        "the tail's parameters are forgotten",
+    ),
+    Mutant(
+        "blocks.py",
+        "return -(-self.in_features // self.num_blocks)",
+        "return self.in_features // self.num_blocks or 1",
+        "test_blocks.py",
+        "known_geometries",
+        "d1 is rounded down",
+    ),
+    Mutant(
+        "blocks.py",
+        "(d1 * row + d2 * col, row, col)",
+        "(d1 * row + d2 * col, col, row)",
+        "test_blocks.py",
+        "scatter_of_gather",
+        "blocks are read transposed",
+    ),
+    Mutant(
+        "ops.py",
+        "parts.append(rows[:, layout.rows(k)] @ tail)",
+        "parts.append(rows[:, layout.rows(k)] @ (0 * tail))",
+        "test_ops.py",
+        "equal_the_dense_product",
+        "the tail writes nothing",
+    ),
+    Mutant(
+        "ops.py",
+        "torch.bmm(grouped, blocks)",
+        "torch.bmm(grouped, blocks.roll(1, 0))",
+        "test_ops.py",
+        "equal_the_dense_product",
+        "every block is applied to its neighbour's inputs",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "return rhs - self.U @ (self.U.mT @ rhs)",
+        "return rhs",
+        OPTIMA,
+        "diablo_equals",
+        "the identity in place of I - P",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "    kept = sigma > cutoff[..., None]\n    return TruncatedSVD",
+        "    kept = sigma >= cutoff[..., None]\n    return TruncatedSVD",
+        OPTIMA,
+        "tangent_without_b",
+        "a zero singular value is kept where the cutoff is zero, and with it a direction",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "rank = (sigma > cutoff[..., None]).sum(-1)",
+        "rank = (sigma >= cutoff[..., None]).sum(-1)",
+        SPACES,
+        "basis_times_coordinates",
+        "a zero matrix has full rank",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "torch.where(self.sigma > 0, 1 / self.sigma, 0.0)",
+        "torch.where(self.sigma > 0, self.sigma, 0.0)",
+        OPTIMA,
+        "diablo_equals",
+        "the transpose in place of the pseudo-inverse",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "cutoff, noise = relative * largest, eps * largest",
+        "cutoff, noise = relative * torch.ones_like(largest), eps * largest",
+        SPACES,
+        "rtol_moves or float32 or sweep or groups",
+        "an absolute cutoff in place of a relative one",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "torch.frexp(largest).exponent.long() - 1",
+        "torch.frexp(largest).exponent.long()",
+        SPACES,
+        "exact_at_every_magnitude",
+        "the exponent is off by one",
+    ),
+    Mutant(
+        "theory/column_space.py",
+        "if layout.cols(i).stop > layout.cols(i).start",
+        "if layout.rows(i).stop > layout.rows(i).start",
+        SPACES,
+        "written_groups",
+        "groups with inputs in place of groups with outputs",
+    ),
+    Mutant(
+        "theory/problems.py",
+        "return self.T - self.X @ self.W0",
+        "return self.T + self.X @ self.W0",
+        PROBLEMS,
+        "residual_is",
+        "the frozen output is added",
+    ),
+    Mutant(
+        "theory/problems.py",
+        "T = X @ W0 + signal + noise",
+        "T = X @ W0 - signal + noise",
+        PROBLEMS,
+        "of_the_kind",
+        "the target asks for the negative of the truth",
+    ),
+    Mutant(
+        "theory/reduction.py",
+        "times_power(0.5 * missed, 2 * self.exponent)",
+        "times_power(missed, 2 * self.exponent)",
+        REDUCTION,
+        "add_up",
+        "the loss lacks its 1/2",
+    ),
+    Mutant(
+        "theory/reduction.py",
+        "times_power(0.5 * missed, 2 * self.exponent)",
+        "times_power(0.5 * missed, self.exponent)",
+        REDUCTION,
+        "add_up",
+        "a squared norm is scaled back once, not twice",
+    ),
+    Mutant(
+        "theory/reduction.py",
+        "(self.exponent - self.space.exponent)",
+        "(self.exponent + self.space.exponent)",
+        REDUCTION,
+        "units_of_weights",
+        "the scale of X multiplies the update",
+    ),
+    Mutant(
+        "theory/reduction.py",
+        "(R - space.basis @ target).square()",
+        "R.square()",
+        REDUCTION,
+        "add_up",
+        "what no update can reach includes what full fine-tuning does",
+    ),
+    Mutant(
+        "theory/reduction.py",
+        "self.captured > rounding",
+        "self.captured > 0",
+        OPTIMA,
+        "nothing_is_missed",
+        "a share of rounding",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "    for i in written_groups(layout):\n        cols = layout.cols(i)",
+        "    for i in written_groups(layout)[1:]:\n        cols = layout.cols(i)",
+        OPTIMA,
+        "diablo_equals",
+        "the first block is dropped",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "    for i in written_groups(layout):\n        cols = layout.cols(i)",
+        "    for i in range(layout.complete):\n        cols = layout.cols(i)",
+        OPTIMA,
+        "diablo_equals",
+        "the tail is dropped",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "kept = U[..., :rank] @ (sigma[..., :rank, None] * Vh[..., :rank, :])",
+        "kept = U[..., : rank + 1] @ (sigma[..., : rank + 1, None] * Vh[..., : rank + 1, :])",
+        OPTIMA,
+        "lora_equals_eckart",
+        "LoRA's update has one rank too many",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "sigma[..., rank:].square().sum(-1), _full_update",
+        "sigma[..., rank + 1 :].square().sum(-1), _full_update",
+        OPTIMA,
+        "lora_equals_eckart",
+        "LoRA's gap is that of the next rank",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "parameters = rank * sum(_sizes(problem))",
+        "parameters = rank * _sizes(problem)[0]",
+        OPTIMA,
+        "lora_equals_eckart",
+        "LoRA's B is not counted",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "layout.num_parameters // layout.out_features",
+        "layout.num_parameters // layout.in_features",
+        OPTIMA,
+        "budget_ranks",
+        "the frozen rank by m1 in place of m2",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "missed = readout.outside(beside.mT)",
+        "missed = beside.mT",
+        OPTIMA,
+        "tangent_equals",
+        "dA is forgotten",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "torch.where(squares > 0, 1 / squares, 0.0)",
+        "torch.where(squares > 0, 1 / squares.sqrt(), 0.0)",
+        OPTIMA,
+        "full_equals",
+        "Y^+ divides by a length, not by its square",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "scaled, truncated_svd(Y @ scaled,",
+        "scaled, truncated_svd(scaled,",
+        OPTIMA,
+        "frozen_lora_equals",
+        "col A in place of col XA",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "space.basis[:, :r] @ U[:, -1:]",
+        "space.basis[:, :r] @ U[:, :1]",
+        OPTIMA,
+        "worst_case",
+        "the worst-case target lies where a block reaches best",
+    ),
+    Mutant(
+        "theory/stationarity.py",
+        "all(rank == r for rank in ranks)",
+        "any(rank == r for rank in ranks)",
+        STATIONARITY,
+        "repeated or premise_counts",
+        "one block of the full rank is enough",
+    ),
+    Mutant(
+        "theory/stationarity.py",
+        "sigma[r - 1]",
+        "sigma[r - 2]",
+        STATIONARITY,
+        "sweep",
+        "the margin looks at another singular value",
+    ),
+    Mutant(
+        "theory/stationarity.py",
+        "gradient[:, cols] - C_i.mT @ own",
+        "gradient[:, cols]",
+        STATIONARITY,
+        "dense_oracle",
+        "everything leaks",
+    ),
+    Mutant(
+        "theory/stationarity.py",
+        "self.amplification * self.grad_blocks + self.leak",
+        "self.amplification * self.grad_blocks",
+        STATIONARITY,
+        "dense_oracle",
+        "the bound leaves the leak out",
+    ),
+    Mutant(
+        "theory/statistics.py",
+        "_scaled(self.gram, 2 * x)",
+        "_scaled(self.gram, x)",
+        REDUCTION,
+        "sums_over_tokens",
+        "squares are brought to another scale by its power, not by its square",
+    ),
+    Mutant(
+        "theory/statistics.py",
+        "torch.where(kept, 1 / squares.flip(0), 0.0)",
+        "torch.where(kept, 1 / sigma, 0.0)",
+        REDUCTION,
+        "sums_over_tokens",
+        "M = V^T C in place of S^-1 V^T C",
+    ),
+    Mutant(
+        "theory/statistics.py",
+        "outside=(self.square - M.square().sum())",
+        "outside=self.square",
+        REDUCTION,
+        "sums_over_tokens",
+        "what no update can reach includes what full fine-tuning does",
+    ),
+    Mutant(
+        "theory/maps.py",
+        "for part in rows) >= rank",
+        "for part in rows) > rank",
+        MAPS,
+        "in_theorem or inside_the_theorem",
+        "rank X = d1 lies outside the theorem",
+    ),
+    Mutant(
+        "theory/maps.py",
+        "rho = min(optima.lora_rank_at_budget(layout)",
+        "rho = min(optima.frozen_rank_at_budget(layout)",
+        MAPS,
+        "plain_loop",
+        "LoRA spends a frozen A's budget",
+    ),
+]
+
+
+def run_tests(folder: Path, files: list[str], only: str = "") -> subprocess.CompletedProcess[str]:
+    """The named tests against the package in a folder, in a process of its own."""
+    config = ["-c", str(TESTS.parent / "pyproject.toml"), "-p", "no:cacheprovider", "-p", "no:nbmake"]  # slow to load
+    arguments = ["-x", "-q", *config, "--hypothesis-profile=first-failure", "-k", only]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, *(str(TESTS / file) for file in files)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return Path(shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{Path(mutant.file).stem}: {mutant.reason}")
+def test_every_mutant_is_found(copy, mutant):
+    file = copy / mutant.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(mutant.right) == 1, (
+        f"{mutant.right!r} is no longer in {mutant.file} once: bring the table up to date"
+    )
+    file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    found = run_tests(copy.parent, [mutant.tests], mutant.only)
+    # 1: tests ran and one failed; a mutant that cannot be imported, or tests that are not there, end otherwise
+    assert found.returncode == 1, found.stdout[-3000:] + found.stderr[-1000:]
+
+
+def test_the_unchanged_copy_passes(copy):
+    """The control: the same tests, run the same way, find nothing."""
+    names = sorted({mutant.tests for mutant in MUTANTS})
+    only = " or ".join(sorted({f"({mutant.only})" for mutant in MUTANTS}))
+    found = run_tests(copy.parent, names, only)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
+    (copy / "theory" / "optima.py").unlink()  # and it is the copy that they run against
+    assert run_tests(copy.parent, [OPTIMA]).returncode not in (0, 1)
