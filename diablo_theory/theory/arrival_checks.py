@@ -68,10 +68,10 @@ def arrival(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> 
 
 def _reached(trial: Trial, problem: LinearProblem, generator: torch.Generator) -> list[Verdict]:
     (m1, m2), reduced = problem.W0.shape, reduce_problem(problem)
-    A = parametrisations.kaiming_uniform(m1, _RANK, generator)
+    A, other = (parametrisations.kaiming_uniform(m1, _RANK, generator) for _ in range(2))
+    B = gaussian(_RANK, m2, generator) / m1**0.5
     diablo, zero = parametrisations.diablo(problem), torch.zeros(m1, _RANK, dtype=torch.float64)
     elsewhere = dataclasses.replace(diablo, begin="random", start=gaussian(1, diablo.size, generator)[0] / m1**0.5)
-    random = [gaussian(*shape, generator) / m1**0.5 for shape in ((m1, _RANK), (_RANK, m2))]
     blocks = optima.diablo_optimum(reduced, problem.layout, minimiser=False)
     fixed = parametrisations.kaiming_uniform(m1, optima.frozen_rank_at_budget(problem.layout), generator)
     frozen = optima.frozen_lora_optimum(reduced, fixed, minimiser=False)
@@ -82,7 +82,7 @@ def _reached(trial: Trial, problem: LinearProblem, generator: torch.Generator) -
         ("claim", elsewhere, blocks),
         ("claim", parametrisations.frozen_lora(problem, fixed), frozen),
         ("claim", parametrisations.lora(problem, A), both),
-        ("claim", parametrisations.lora(problem, *random, "random"), both),
+        ("claim", parametrisations.lora(problem, other, B, "random"), both),
         ("control", parametrisations.lora(problem, zero, begin="saddle"), both),
     ):
         slope = _relative_gradient(problem, method)

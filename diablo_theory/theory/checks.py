@@ -10,10 +10,15 @@ import pandas as pd
 
 from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.theory import (
+    arrival_checks,
+    budget_checks,
     certificate_checks,
     convexity_checks,
+    crossover_checks,
+    expected_gap_checks,
+    expressivity_checks,
     gradient_checks,
-    linear_checks,
+    rate_checks,
     stationarity_checks,
 )
 from diablo_theory.theory.arithmetic import FLOAT64, Arithmetic, seeded
@@ -24,9 +29,21 @@ CHECKS: dict[str, Check] = {
     for check in (
         Check("G1", "The gradient of the blocks is the diagonal blocks of the full one.", gradient_checks.gradient),
         Check("G2", "LoRA starts with grad A = 0, DiaBlo with blocks of the full gradient.", gradient_checks.start),
-        Check("L1", "The linear DiaBlo problem is convex; descent solves it.", convexity_checks.convexity),
-        Check("L2", "If every X_i has the rank of X, DiaBlo loses nothing.", linear_checks.sufficiency),
-        Check("L4", "At m2 rank X parameters DiaBlo is optimal and LoRA is not.", linear_checks.budget),
+        Check(
+            "L1",
+            "The linear DiaBlo problem is convex and splits by blocks; LoRA's is not convex.",
+            convexity_checks.convexity,
+        ),
+        Check("L2", "If every X_i has the rank of X, DiaBlo loses nothing.", expressivity_checks.sufficiency),
+        Check("L3", "If some X_i has a smaller rank, DiaBlo loses on some target.", expressivity_checks.necessity),
+        Check("L4", "At m2 rank X parameters DiaBlo is optimal and LoRA is not.", budget_checks.budget),
+        Check(
+            "L5",
+            "On a dense rank-one update LoRA is ahead, on a block-aligned one DiaBlo.",
+            crossover_checks.crossover,
+        ),
+        Check("L6", "At DiaBlo's parameters LoRA with a frozen A loses nothing either.", budget_checks.frozen_factor),
+        Check("L7", "On average DiaBlo loses 1/2 s^2 m2 (r - min(r, d1)).", expected_gap_checks.expected_gap),
         Check("S1", "Under L2's premise a stationary D is stationary in W.", stationarity_checks.stationary),
         Check(
             "S2",
@@ -34,6 +51,14 @@ CHECKS: dict[str, Check] = {
             stationarity_checks.dual_stationary,
         ),
         Check("S3", "Amplification and leak bound the full gradient by the blocks'.", certificate_checks.certified),
+        Check(
+            "D1",
+            "Gradient descent converges at the predicted rate: DiaBlo, frozen-A LoRA, and LoRA near its minimum.",
+            rate_checks.rate,
+        ),
+        Check(
+            "D2", "Adam reaches the minimum of the set its start belongs to; the saddle stays.", arrival_checks.arrival
+        ),
     )
 }
 """Every check, by its name in theory.md."""

@@ -67,7 +67,8 @@ def lora_curvatures(method: Parametrisation, minimum: Float[Tensor, " p"], count
     Returns:
         Descending, shape (count,).
     """
-    return torch.linalg.eigvalsh(derivatives(method, minimum)[1]).flip(0)[:count]
+    eigenvalues: Tensor = torch.linalg.eigvalsh(derivatives(method, minimum)[1])
+    return eigenvalues.flip(0)[:count]
 
 
 def contraction(curvatures: Float[Tensor, " n"], step: float) -> float:

@@ -1,4 +1,4 @@
-"""Descent on the blocks: plain gradient descent on a linear problem, L-BFGS on a network."""
+"""Descent on the blocks of a network: L-BFGS."""
 
 from __future__ import annotations
 
@@ -6,41 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import scipy.optimize
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from diablo_theory import ops
 from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.networks import NetworkProblem, Update, flat, forward
-from diablo_theory.theory.problems import LinearProblem
-
-
-def joint_loss(problem: LinearProblem, update: Update) -> Float[Tensor, ""]:
-    """``1/2 ||X D - R||_F^2`` of all blocks at once, shape ()."""
-    return 0.5 * (ops.block_product(problem.X, *update, problem.layout) - problem.R).square().sum()
-
-
-def gradient_descent(problem: LinearProblem, step: float, iterations: int) -> Float[Tensor, "k m1 m2"]:
-    """Plain gradient descent from D = 0 on the joint loss, its gradient taken by autograd.
-
-    Args:
-        problem: The linear problem.
-        step: The step size, positive.
-        iterations: Steps to take.
-
-    Returns:
-        Every iterate as a dense matrix, shape (iterations + 1, m1, m2); the first is zero.
-    """
-    layout = problem.layout
-    blocks, tail = layout.gather(torch.zeros_like(problem.W0))
-    iterates = [layout.scatter(blocks, tail)]
-    for _ in range(iterations):
-        leaves = [part.requires_grad_() for part in (blocks, tail) if part is not None]
-        grads = torch.autograd.grad(joint_loss(problem, (blocks, tail)), leaves)
-        moved = [leaf.detach() - step * grad for leaf, grad in zip(leaves, grads, strict=True)]
-        blocks, tail = moved[0], moved[1] if len(moved) > 1 else None
-        iterates.append(layout.scatter(blocks, tail))
-    return torch.stack(iterates)
 
 
 def minimise_blocks(problem: NetworkProblem, iterations: int, gradient_tolerance: float) -> list[Update]:

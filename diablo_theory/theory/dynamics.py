@@ -47,7 +47,8 @@ class Descent:
     @property
     def gradient_norms(self) -> Float[Tensor, " n"]:
         """Norm of the gradient at each iterate, shape (iterations + 1,)."""
-        return torch.linalg.vector_norm(self.gradients, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=-1)
+        return norms
 
 
 def descend(

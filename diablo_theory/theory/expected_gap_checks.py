@@ -49,9 +49,9 @@ def expected_gap(generator: torch.Generator, number: int, arithmetic: Arithmetic
     the closed form's gaps and with those of masked least squares.
 
     Two premises. Generic X: ``rank X_i = min(r, rows_i)``; margin, decades of the weakest singular value above the
-    cutoff. Independent entries: R_i has its share ``1 - rank X_i / b`` of squares outside col X_i; margin, what it has
-    of that share, less a half. The smaller margin counts. Controls: groups one rank short, since each repeats one of its
-    columns (one more dimension is lost), and every R_i inside col X_i (nothing is).
+    cutoff. Independent entries: R_i has its share ``1 - rank X_i / b`` of squares outside col X_i; margin, what it
+    has of that share, less a half. The smaller margin counts. Controls: groups one rank short, since each repeats one
+    of its columns (one more dimension is lost), and every R_i inside col X_i (nothing is).
 
     Args:
         generator: Where the instances come from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ class Parametrisation:
 
     def loss(self, theta: Float[Tensor, " p"]) -> Float[Tensor, ""]:
         """``1/2 ||X dW(theta) - R||_F^2``, shape ()."""
-        return 0.5 * (self.output(theta) - self.residual).square().sum()
+        loss: Tensor = 0.5 * (self.output(theta) - self.residual).square().sum()
+        return loss
 
 
 def kaiming_uniform(rows: int, cols: int, generator: torch.Generator) -> Float[Tensor, "rows cols"]:
@@ -59,7 +61,7 @@ def kaiming_uniform(rows: int, cols: int, generator: torch.Generator) -> Float[T
 
     Source: peft's LoRA layer, ``reset_lora_parameters``.
     """
-    return (2 * torch.rand(rows, cols, generator=generator, dtype=torch.float64) - 1) / rows**0.5
+    return (2 * torch.rand(rows, cols, generator=generator, dtype=torch.float64) - 1) / math.sqrt(rows)
 
 
 def diablo(problem: LinearProblem) -> Parametrisation:

@@ -74,8 +74,10 @@ def _linear(method: Parametrisation, curvatures: Tensor, others: Tensor) -> _Cas
 
 
 def _nearby(problem: LinearProblem, method: Parametrisation, rho: int) -> _Case:
-    """LoRA at its minimum, not to be mistaken for LoRA with A frozen there; up to 1/lambda_max the slowest mode is
-    the one of the smallest eigenvalue, which is smaller with both factors trained.
+    """LoRA at its minimum, not to be mistaken for LoRA with A frozen there.
+
+    Steps stay below 1/lambda_max, where the slowest mode is the one of the smallest eigenvalue: the two methods'
+    smallest ones differ at first order in sigma_{rho+1} / sigma_rho, so their rates do not agree by chance.
     """
     (m1, m2), minimum = problem.W0.shape, parametrisations.best_factors(problem, rho)
     own = curvature.lora_curvatures(method, minimum, rho * (problem.X.shape[0] + m2 - rho))

@@ -1,0 +1,85 @@
+"""L5: DiaBlo is not always ahead of LoRA; it depends on where the target lies."""
+
+from __future__ import annotations
+
+import torch
+
+from diablo_theory.blocks import BlockLayout
+from diablo_theory.theory import optima, oracles
+from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory.column_space import column_space, written_groups
+from diablo_theory.theory.expressivity_checks import diablo_excesses
+from diablo_theory.theory.instances import clear_problem
+from diablo_theory.theory.problems import LinearProblem
+from diablo_theory.theory.reduction import reduce_problem
+from diablo_theory.theory.tolerances import tolerance
+from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe, room
+
+# b, m1, m2, N: square blocks; ragged; fewer outputs than blocks
+_SIZES = ((40, 24, 18, 3), (40, 23, 17, 4), (30, 20, 4, 5))
+
+
+def crossover(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
+    """L5 [beyond the paper]: LoRA of rank 1 is ahead of DiaBlo on a dense rank-one dW*, behind on a block-aligned one.
+
+    The target is ``X (W0 + dW*)`` throughout, with X of full column rank, above d1.
+
+    - LoRA of rank 1 has gap 0. Premise: dW* is of rank one; margin, decades of sigma_2 / sigma_1 below the rank
+      cutoff. Control: a block-aligned dW*, of the rank of its blocks.
+    - DiaBlo has a positive gap. Premise: X is of full column rank and dW* has entries outside the blocks; margin, the
+      smaller of ``rank X - m1 + 1/2`` and the decades of their share of ``||dW*||^2`` above the gap's tolerance.
+      Controls, where DiaBlo has no gap: the block-aligned dW*, and the dense one with rank X = d1 (the rows of the
+      shortest block), where L2 holds.
+
+    Measured are both answers of each method, the closed form's relative gap and its minimiser's: the larger where they
+    should vanish, the smaller where they should not.
+
+    Args:
+        generator: Where the instances come from.
+        number: The trial's number.
+        arithmetic: The precision and device of the instances.
+
+    Returns:
+        Two claims and three controls for each size.
+
+    Source: theory.md, L5.
+    """
+    verdicts = []
+    for b, m1, m2, n in _SIZES:
+        layout = BlockLayout(m1, m2, n)
+        shortest = min(layout.rows(i).stop - layout.rows(i).start for i in written_groups(layout))
+        for role, target, rank in (
+            ("claim", "low-rank", m1),
+            ("control", "block-aligned", m1),
+            ("control", "low-rank", shortest),
+        ):
+            problem = clear_problem(layout, b, rank, generator, arithmetic, target=target)
+            trial = Trial("L5", number, describe(b, m1, m2, n, rank) + f" target={target}")
+            if rank == m1:
+                verdicts.append(_lora_verdict(trial, role, problem))
+            verdicts.append(_diablo_verdict(trial, role, problem))
+    return verdicts
+
+
+def _lora_verdict(trial: Trial, role: str, problem: LinearProblem) -> Verdict:
+    sigma, dtype = torch.linalg.svdvals(oracles.wide(_truth(problem))), problem.X.dtype
+    margin = room(float(sigma[1] / sigma[0]), tolerance("rank", dtype).value)
+    optimum = optima.lora_optimum(reduce_problem(problem), 1)
+    evaluated = oracles.relative_excess(problem, oracles.dense_fit(problem, optimum.update))
+    lost = max(float(optimum.relative_gap), evaluated)
+    statement = "LoRA of rank 1 loses nothing on a rank-one update (control: a block-aligned one)"
+    return trial.vanishes(role, statement, Premise(margin > 0, margin), lost, tolerance("gap", dtype))
+
+
+def _diablo_verdict(trial: Trial, role: str, problem: LinearProblem) -> Verdict:
+    layout, truth, gap = problem.layout, oracles.wide(_truth(problem)), tolerance("gap", problem.X.dtype)
+    outside = truth - layout.scatter(*layout.gather(truth))
+    share = float(outside.square().sum() / truth.square().sum())
+    margin = min(int(column_space(problem.X).rank) - layout.in_features + 0.5, -room(share, gap.value))
+    statement = "DiaBlo loses on an update outside its blocks (controls: inside them; rank X = d1)"
+    return trial.stays_positive(role, statement, Premise(margin > 0, margin), min(diablo_excesses(problem)), gap)
+
+
+def _truth(problem: LinearProblem) -> torch.Tensor:
+    assert problem.truth is not None
+    return problem.truth
