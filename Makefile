@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce quick test test-slow test-model lint check figures clean
+.PHONY: help reproduce quick test test-slow test-model lint check figures notebooks clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | column -t -s:
@@ -19,7 +19,7 @@ reproduce: $(INSTALLED)  ## check the theory, fine-tune a real model, write the 
 test: $(INSTALLED)  ## the default tests: no network, no pretrained model
 	$(BIN)/pytest -m "not model and not slow" $(ARGS)
 
-test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find
+test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find, and the notebooks
 	$(BIN)/pytest -m slow $(ARGS)
 
 test-model: $(INSTALLED)  ## the tests on the real pretrained model
@@ -34,6 +34,9 @@ check: lint test test-slow test-model  ## everything that CI runs
 
 figures: $(INSTALLED)  ## draw the figures of the saved results again
 	$(BIN)/python figures/make_figures.py
+
+notebooks: $(INSTALLED)  ## run the notebooks again and keep their output (3 minutes; the last one needs the model)
+	$(BIN)/python notebooks/execute.py
 
 clean:  ## remove the environment (results and the model cache stay)
 	rm -rf $(VENV)

@@ -163,3 +163,66 @@ def test_module_entry_point():
         [sys.executable, "-m", "diablo_theory", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "0.1.0"
+
+
+def test_map_writes_cells_and_figures_and_goes_on_where_it_was(shell, tmp_path):
+    small = ["--size", "8", "--outputs", "8", "--rows", "12", "--ranks", "1,4", "--blocks", "1,2", "--out", "here"]
+    status, out, _ = shell("map", *small, "--target", "low-rank", "--noises", "0,1")
+    assert status == 0
+    assert "inside" in out
+    cells = pd.read_csv(tmp_path / "here/map.csv")
+    assert len(cells) == 8
+    assert (tmp_path / "here/map_leads.pdf").is_file()
+    before = (tmp_path / "here/map.csv").read_bytes()
+    assert shell("map", *small, "--target", "low-rank", "--noises", "0,1")[0] == 0
+    assert (tmp_path / "here/map.csv").read_bytes() == before
+    status, _, err = shell("map", *small)
+    assert status == 1
+    assert "a sweep over other tasks" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "0"], "ranks must lie from 1 to 64, got 0"),
+        (["--ranks", "1,x"], "--ranks must be comma-separated numbers, got '1,x'"),
+        (["--target", "lowrank"], "unknown target 'lowrank'. Did you mean 'low-rank'?"),
+        (["--noises", "0.1"], "noises must be 0 for target 'generic'"),
+        (["--jobs", "2", "--cluster", "tcp://127.0.0.1:1"], "jobs must be left at 1 with a cluster"),
+    ],
+)
+def test_options_of_a_map_that_do_not_fit_are_one_message(shell, tmp_path, options, message):
+    status, _, err = shell("map", "--out", "here", *options)
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "here" / "map.csv").exists()
+
+
+def test_verify_takes_a_precision_and_names_what_it_cannot_use(shell):
+    assert shell("verify", "L2", "--trials", "1", "--dtype", "float32")[0] == 0
+    assert "unknown dtype 'float16'" in shell("verify", "L2", "--dtype", "float16")[2]
+    assert "device 'nowhere' cannot be used here" in shell("verify", "L2", "--device", "nowhere")[2]
+
+
+def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, tiny_model):
+    options = ["--model", str(tiny_model), "--task", "word_problems", "--items", "4", "--blocks", "6", "--depths", "1"]
+    status, out, _ = shell("diagnose", *options, "--out", "here")
+    assert status == 0
+    assert "0.q_proj" in out
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {
+        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.png")
+    }
+    assert len(pd.read_csv(tmp_path / "here/layers.csv")) == 5
+    assert "num_blocks must be at most 36" in shell("diagnose", *options, "--blocks", "5000")[2]
+    assert "unknown task 'word_problem'" in shell("diagnose", "--task", "word_problem")[2]
+
+
+def test_speed_measures_a_small_layer(shell, tmp_path):
+    status, out, _ = shell("speed", "layer", "--width", "64", "--tokens", "4096", "--out", "here")
+    assert status == 0
+    assert "accumulation over bare products" in out
+    assert set(pd.read_csv(tmp_path / "here/speed.csv")["benchmark"]) == {"layer"}
+    assert json.loads((tmp_path / "here/speed.json").read_text())["package_version"]
+    assert "unknown benchmark 'layers'. Did you mean 'layer'?" in shell("speed", "layers")[2]
+    assert "tokens must be a positive multiple of batch = 2048" in shell("speed", "layer", "--tokens", "5")[2]

@@ -142,7 +142,8 @@ def _spectrum(problem: LinearProblem, A: Tensor) -> Float[Tensor, " k"]:
     """Singular values of XA, relative to ``||X|| ||A||``."""
     X, A = oracles.wide(problem.X), oracles.wide(A)
     sigma: Tensor = torch.linalg.svdvals(X @ A)
-    return sigma / (torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(A, 2))
+    relative: Tensor = sigma / (torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(A, 2))
+    return relative
 
 
 def _reach_verdicts(trial: Trial, problem: LinearProblem, A: Tensor) -> list[Verdict]:

@@ -238,49 +238,54 @@ def _all_optima(sums: LayerStatistics, num_blocks: Sequence[int], generator: tor
     return int(problem.space.rank)
 
 
+def accumulation_of(width: int, tokens: int) -> float:
+    """Seconds to accumulate so many tokens of a square layer, drawing them not counted."""
+    stream, sums = activations(width, 1024, seeded(0)), LayerStatistics.empty(width, width)
+    return sum(_timed(sums.add, *next(stream))[0] for _ in range(tokens // 1024))
+
+
+def optima_of(width: int) -> float:
+    """Seconds from the sums of a square layer to all its optima."""
+    sums = LayerStatistics.of([next(activations(width, 4 * width, seeded(0)))])
+    return _timed(_all_optima, sums, (16, 32, 64, 128), seeded(0))[0]
+
+
+def cells_of(count: int) -> float:
+    """Seconds for a map of one input, six block counts and so many levels of noise."""
+    grid = Grid(ranks=(32,), target="low-rank", noises=tuple(map(float, range(count))), rows=128, draws=1)
+    return _timed(map_cells, **grid.tasks()[0])[0]
+
+
+GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], float]]] = {
+    "tokens, accumulation": ((4096, 8192, 16384, 32768), lambda tokens: accumulation_of(512, tokens)),
+    "width, accumulation": ((512, 1024, 2048, 4096), lambda width: accumulation_of(width, 2048)),
+    "width, all optima": ((256, 512, 1024, 2048), optima_of),
+    "cells, map": ((5, 10, 20, 40), cells_of),
+}
+"""What is grown: the sizes, and the seconds that one takes."""
+
+
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """The slope of log time over log size."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
 def growth(repeats: int = 3, progress: Progress | None = None) -> pd.DataFrame:
     """Measured exponents: how time grows with tokens, width and the number of cells.
 
-    Each is the slope of log time over log size, the median over repetitions at each of four sizes a factor of two
-    apart.
-
     Args:
-        repeats: Runs at each size.
-        progress: Called with a short text before each part.
+        repeats: Times that each exponent is measured, over four sizes a factor of two apart.
+        progress: Called with a short text before each exponent.
 
     Returns:
         Columns ``COLUMNS``, one row an exponent; expected are 1 in tokens, 2 in width for accumulation, 3 for all
         optima, and at most 1 in cells (cells share work).
     """
-    sizes: dict[str, tuple[tuple[int, ...], Callable[[int], float]]] = {
-        "tokens, accumulation": ((4096, 8192, 16384, 32768), lambda n: _accumulate(512, n)),
-        "width, accumulation": ((256, 512, 1024, 2048), lambda n: _accumulate(n, 4096)),
-        "width, all optima": ((256, 512, 1024, 2048), _optima_of_width),
-        "cells, map": ((5, 10, 20, 40), _cells),
-    }
     lines = []
-    for name, (values, timed) in sizes.items():
+    for name, (sizes, timed) in GROWTH.items():
         if progress is not None:
             progress(f"exponent in {name}")
-        timed(values[0])  # warm up
-        slopes = []
-        for _ in range(repeats):
-            times = [timed(value) for value in values]
-            slopes.append(float(np.polyfit(np.log(values), np.log(times), 1)[0]))
-        lines.append(measure("growth", f"exponent in {name}", slopes, "", f"{values[0]} to {values[-1]}"))
+        timed(sizes[0])  # warm up
+        slopes = [exponent(sizes, [timed(size) for size in sizes]) for _ in range(repeats)]
+        lines.append(measure("growth", f"exponent in {name}", slopes, "", f"{sizes[0]} to {sizes[-1]}"))
     return pd.DataFrame(lines, columns=list(COLUMNS))
-
-
-def _accumulate(width: int, tokens: int) -> float:
-    stream, sums = activations(width, 1024, seeded(0)), LayerStatistics.empty(width, width)
-    return sum(_timed(sums.add, *next(stream))[0] for _ in range(tokens // 1024))
-
-
-def _optima_of_width(width: int) -> float:
-    sums = LayerStatistics.of([next(activations(width, 4 * width, seeded(0)))])
-    return _timed(_all_optima, sums, (16, 32, 64, 128), seeded(0))[0]
-
-
-def _cells(noises: int) -> float:
-    grid = Grid(ranks=(32,), target="low-rank", noises=tuple(range(noises)), rows=128, draws=1)
-    return _timed(map_cells, **grid.tasks()[0])[0]

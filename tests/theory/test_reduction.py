@@ -117,7 +117,7 @@ def test_shares_are_of_what_is_captured():
 
 @given(cases(powers=(0, -100, 100)), st.integers(1, 4), st.sampled_from([8.0, 2.0**40]))
 def test_sums_over_tokens_reduce_to_the_same_problem(case, batches, step):
-    """Batch by batch, of scales apart, near and far: what is captured, and what is not, are those of all tokens at once."""
+    """Batch by batch, of scales apart, near and far: what is captured, and what is not, are those of all tokens."""
     case = dataclasses.replace(case, condition=1.0)
     problem, layout, square = case.problem(), case.layout, case.problem().R.square().sum()
     scales = [step**j for j in range(batches)]
