@@ -126,7 +126,7 @@ def speed(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help="map, layer, growth; all without one.")
     ] = None,
-    width: Annotated[int, typer.Option(min=64, help="Inputs and outputs of the layer.")] = 4096,
+    width: Annotated[int, typer.Option(min=128, help="Inputs and outputs of the layer.")] = 4096,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the layer, in batches of 2048.")] = 65_536,
     out: Annotated[Path | None, typer.Option(help="Folder for speed.csv and speed.json.")] = None,
 ) -> None:
