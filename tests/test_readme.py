@@ -29,9 +29,11 @@ def test_every_command_is_listed_and_every_listed_command_exists():
     assert set(re.findall(r"^\| `diablo-theory (\w+)", README, flags=re.MULTILINE)) == commands
 
 
-def test_the_example_runs(tiny_model):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_examples_run(tiny_model):
+    sums, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
+    exec(sums, names)
+    assert int(names["problem"].space.rank) == 6
     exec(example.replace("path/to/model", str(tiny_model)).replace("num_blocks=64", "num_blocks=6"), names)
     assert not any("diablo" in name for name, _ in names["model"].named_parameters())
 
