@@ -125,7 +125,8 @@ def frozen_factor(generator: torch.Generator, number: int, arithmetic: Arithmeti
         verdicts += _reach_verdicts(trial, problem, A)
         for instance, rank, target in ((problem, r, "generic"), (beyond, r + 1, "generic"), (low, r, "low-rank")):
             described = Trial("L6", number, describe(b, n * r, m2, n, rank) + f" target={target}")
-            verdicts += _side_by_side(described, instance, A)
+            own = _generic_factor(instance, r, generator, arithmetic)
+            verdicts += _side_by_side(described, instance, own)
         verdicts += _convex(trial, problem, A, generator)
     return verdicts
 
@@ -141,8 +142,8 @@ def _generic_factor(problem: LinearProblem, rho: int, generator: torch.Generator
 def _spectrum(problem: LinearProblem, A: Tensor) -> Float[Tensor, " k"]:
     """Singular values of XA, relative to ``||X|| ||A||``."""
     X, A = oracles.wide(problem.X), oracles.wide(A)
-    sigma: Tensor = torch.linalg.svdvals(X @ A)
-    relative: Tensor = sigma / (torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(A, 2))
+    scale = torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(A, 2)
+    relative: Tensor = torch.linalg.svdvals(X @ A) / scale
     return relative
 
 

@@ -29,7 +29,7 @@ _SUFFICIENT = (
     (30, 12, 9, 3, 0),
 )
 # rank d1 + 1; far above; the ragged tail alone too thin; N = m1 with rank 2; m2 < N
-_INSUFFICIENT = ((48, 24, 18, 4, 7), (48, 24, 18, 4, 20), (40, 23, 17, 4, 6), (30, 12, 10, 12, 2), (30, 20, 3, 5, 6))
+_INSUFFICIENT = ((48, 24, 18, 4, 7), (48, 24, 18, 4, 20), (40, 23, 19, 4, 6), (30, 12, 10, 12, 2), (30, 20, 3, 5, 6))
 
 
 def diablo_excesses(problem: LinearProblem) -> tuple[float, float]:
