@@ -1,3 +1,6 @@
+import pytest
+import torch
+
 from diablo_theory.theory import descent
 from diablo_theory.theory.arithmetic import Arithmetic, seeded
 from diablo_theory.theory.gradients import layer_gradients
@@ -5,6 +8,8 @@ from diablo_theory.theory.network_instances import mlp_problem
 from diablo_theory.theory.networks import flat, forward
 
 
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "relu"])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 def test_minimise_blocks_lowers_the_gradient_and_not_the_loss_to_zero(activation, dtype, share):
     problem = mlp_problem(
         (9, 16, 4), (2, 2), 3, seeded(0), repeats=2, activation=activation, arithmetic=Arithmetic(dtype)
