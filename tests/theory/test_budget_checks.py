@@ -58,15 +58,13 @@ def test_a_wrong_parameter_count_is_noticed(monkeypatch, failing):
 
 def test_a_wrong_gap_with_a_right_minimiser_is_noticed(monkeypatch, failing):
     for method in ("diablo_optimum", "frozen_lora_optimum"):
-        original, half = getattr(optima, method), torch.tensor(0.5, dtype=torch.float64)
+        original = getattr(optima, method)
+
+        def broken(*args, original=original):
+            return dataclasses.replace(original(*args), relative_gap=torch.tensor(0.5, dtype=torch.float64))
+
         with monkeypatch.context() as patch:
-            patch.setattr(
-                optima,
-                method,
-                lambda *args, original=original: dataclasses.replace(
-                    original(*args), relative_gap=torch.tensor(0.5).double()
-                ),
-            )
+            patch.setattr(optima, method, broken)
             assert not failing("L6", "claim", trials=3).empty, method
 
 
