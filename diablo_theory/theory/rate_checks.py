@@ -40,7 +40,7 @@ class _Case:
 
     method: Parametrisation
     curvatures: Float[Tensor, " n"]
-    others: Float[Tensor, " n"]
+    others: Float[Tensor, " k"]
     minimum: Float[Tensor, " p"]
     largest_step: float = 1.9
     quantity: str = "contraction"

@@ -24,9 +24,7 @@ def test_a_convex_lora_is_noticed(monkeypatch, failing):
     def frozen(problem, A, **_):
         method = original(problem, A)
         ones = torch.ones(A.numel(), dtype=torch.float64)
-        return dataclasses.replace(
-            method, output=lambda theta: method.output(torch.cat([ones, theta[A.numel() :]]))
-        )
+        return dataclasses.replace(method, output=lambda theta: method.output(torch.cat([ones, theta[A.numel() :]])))
 
     monkeypatch.setattr(parametrisations, "lora", frozen)
     assert len(failing("L1", "control")) == 6

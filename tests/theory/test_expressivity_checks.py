@@ -116,5 +116,3 @@ def test_an_update_outside_the_blocks_loses_everything(monkeypatch, failing):
         optima, "diablo_optimum", lambda problem, layout, **_: optima.full_optimum(problem)
     )  # no gap and no loss, but not DiaBlo's
     assert {"L2"} == set(failing("L2", "claim").check)
-
-
