@@ -186,9 +186,14 @@ def in_coordinates(problem: LinearProblem) -> LinearProblem:
 
     Returns:
         A problem with the same layout, W0 and updates.
+
+    Raises:
+        ValueError: If X has rank 0.
     """
     reduced = reduce_problem(problem)
     rank = int(reduced.space.rank)
+    if rank == 0:
+        raise ValueError("the rank of X must be at least 1, got 0")
     X = times_power(wide(reduced.space.coordinates[:rank]), reduced.space.exponent.cpu())
     R = times_power(wide(reduced.target[:rank]), reduced.exponent.cpu())
     W0 = wide(problem.W0)
