@@ -20,7 +20,7 @@ Overrides = Annotated[
 def reproduce(
     overrides: Overrides = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="At most 3 minutes: 20 training steps, 200 problems.")
+        bool, typer.Option("--quick", help="At most 3 minutes: 12 training steps, 100 problems.")
     ] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Overnight: learning-rate search, three seeds, a second task (docstrings).")

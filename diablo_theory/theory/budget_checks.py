@@ -123,10 +123,14 @@ def frozen_factor(generator: torch.Generator, number: int, arithmetic: Arithmeti
         beyond = clear_problem(layout, b, r + 1, generator, arithmetic)
         low = clear_problem(layout, b, r, generator, arithmetic, target="low-rank")
         verdicts += _reach_verdicts(trial, problem, A)
-        for instance, rank, target in ((problem, r, "generic"), (beyond, r + 1, "generic"), (low, r, "low-rank")):
+        for instance, rank, target, roles in (
+            (problem, r, "generic", ("claim", "claim", "claim")),
+            (beyond, r + 1, "generic", ("control", "control", "claim")),
+            (low, r, "low-rank", ("claim", "claim", "control")),
+        ):
             described = Trial("L6", number, describe(b, n * r, m2, n, rank) + f" target={target}")
             own = _generic_factor(instance, r, generator, arithmetic)
-            verdicts += _side_by_side(described, instance, own)
+            verdicts += _side_by_side(described, instance, own, roles)
         verdicts += _convex(trial, problem, A, generator)
     return verdicts
 
@@ -183,21 +187,22 @@ def _frozen_excesses(problem: LinearProblem, A: Tensor) -> tuple[float, float]:
     return float(optimum.relative_gap), oracles.relative_excess(problem, fitted)
 
 
-def _side_by_side(trial: Trial, problem: LinearProblem, A: Tensor) -> list[Verdict]:
-    """The three methods at DiaBlo's parameters; claims or controls as the instance's ranks say."""
+def _side_by_side(trial: Trial, problem: LinearProblem, A: Tensor, roles: tuple[str, str, str]) -> list[Verdict]:
+    """The three methods at DiaBlo's parameters, each with its role; the premise is measured by ranks."""
     layout, gap = problem.layout, tolerance("gap", problem.X.dtype)
     rho, r = optima.lora_rank_at_budget(layout), layout.block_rows
     m2, rank = layout.out_features, int(column_space(problem.X).rank)
     target_rank = sum(tail > gap.value for tail in oracles.relative_tails(problem))
     equal = layout.num_parameters == m2 * r == m2 * A.shape[1] and rho * sum(problem.W0.shape) <= m2 * r
     verdicts = []
-    for name, lost, room_left in (
+    measured = (
         ("DiaBlo", max(diablo_excesses(problem)), r - rank),
         ("LoRA with a frozen A", max(_frozen_excesses(problem, A)), r - rank),
         ("LoRA", min(_lora_excesses(problem, rho)), target_rank - rho - 1),
-    ):
+    )
+    for role, (name, lost, room_left) in zip(roles, measured, strict=True):
         margin = min(room_left + 0.5, 1.0 if equal else -1.0)
-        role, premise = "claim" if room_left >= 0 else "control", Premise(margin > 0, margin)
+        premise = Premise(margin > 0, margin)
         if name == "LoRA":
             statement = "at m2 r parameters LoRA with both factors loses (control: a rank-one target)"
             verdicts.append(trial.stays_positive(role, statement, premise, lost, gap))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import torch
 
-from diablo_theory.theory import gradients, network_instances, stationarity, stationary_points
+from diablo_theory.theory import gradients, network_instances, oracles, stationarity, stationary_points
 from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory.column_space import written_groups
 from diablo_theory.theory.gradients import LayerGradients
 from diablo_theory.theory.networks import flat
 from diablo_theory.theory.tolerances import tolerance
@@ -51,7 +53,7 @@ def bound_excess(layer: LayerGradients, *, leak: bool) -> float:
 def certified(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
     """S3: ``||grad W||_F <= max_i ||C_i||_2 ||grad D||_F + leak`` in every layer, whatever the ranks.
 
-    Three statements on each network, at a generic point with generic targets and with targets that make the same
+    Four statements on each network, at a generic point with generic targets and with targets that make the same
     point stationary for the blocks. Claim margins by the worst layer, in decades of an error relative to
     ``||X||_F ||g||_F`` (see :func:`bound_excess`).
 
@@ -60,6 +62,8 @@ def certified(generator: torch.Generator, number: int, arithmetic: Arithmetic) -
     - The same for the transposed layer, with ``g_Y`` in the place of X; see duality.py.
     - The certificate's two norms are autograd's. Premise: X and g are over the whole training set; margin 1, or minus
       the share left out. Control: a certificate from every second sample.
+    - Its terms are those of ``C_i = X_i^+ X``, by LAPACK's pseudo-inverse. Premise: C_i is of the group itself; margin
+      half a place, less the places it is off. Control: of the next group.
 
     Args:
         generator: Where the networks and points come from.
@@ -67,7 +71,7 @@ def certified(generator: torch.Generator, number: int, arithmetic: Arithmetic) -
         arithmetic: The precision and device of the instances.
 
     Returns:
-        Three claims and three controls for each network.
+        Four claims and four controls for each network.
 
     Source: theory.md, S3.
     """
@@ -83,7 +87,36 @@ def certified(generator: torch.Generator, number: int, arithmetic: Arithmetic) -
         turned = ([layer.transposed for layer in layers] for layers in (generic, stationary))
         verdicts += _bound_verdicts(trial, f"transposed: {bound}", *turned)
         verdicts += _norm_verdicts(trial, generic)
+        verdicts += _term_verdicts(trial, generic)
     return verdicts
+
+
+def _term_verdicts(trial: Trial, layers: list[LayerGradients]) -> list[Verdict]:
+    """Amplification and leak by LAPACK's pseudo-inverses: the bound alone would hold of any C_i."""
+    entry = tolerance("loss", layers[0].dense.dtype)
+    statement = "amplification and leak are those of C_i = X_i^+ X (control: of each group's neighbour)"
+    return [
+        trial.vanishes(role, statement, Premise(shift == 0, 0.5 - shift), worst, entry)
+        for role, shift, worst in (
+            ("claim", 0, max(_term_error(layer, 0) for layer in layers)),
+            ("control", 1, min(_term_error(layer, 1) for layer in layers)),
+        )
+    ]
+
+
+def _term_error(layer: LayerGradients, shift: int) -> float:
+    """The larger relative error of the two terms; the leak's is over ``amplification ||X||_F ||g||_F``."""
+    layout, X, g = layer.layout, oracles.wide(layer.X), oracles.wide(layer.g)
+    cutoff = tolerance("rank", layer.X.dtype).value * float(torch.linalg.matrix_norm(X, 2))
+    amplification, leak, groups = 0.0, 0.0, written_groups(layout)
+    for place, i in enumerate(groups):
+        X_i = X[:, layout.rows(groups[(place + shift) % len(groups)])]
+        C_i = torch.linalg.pinv(X_i, atol=cutoff, rtol=0.0) @ X
+        amplification = max(amplification, float(torch.linalg.matrix_norm(C_i, 2)))
+        leak += float(((X - X_i @ C_i).T @ g[:, layout.cols(i)]).square().sum())
+    found = stationarity.certificate(layer.X, layer.g, layout)
+    scale = amplification * float(X.norm()) * float(g.norm())
+    return max(abs(found.amplification / amplification - 1), abs(found.leak - math.sqrt(leak)) / scale)
 
 
 def _bound_verdicts(

@@ -36,7 +36,11 @@ CHECKS: dict[str, Check] = {
         ),
         Check("L2", "If every X_i has the rank of X, DiaBlo loses nothing.", expressivity_checks.sufficiency),
         Check("L3", "If some X_i has a smaller rank, DiaBlo loses on some target.", expressivity_checks.necessity),
-        Check("L4", "At m2 rank X parameters DiaBlo is optimal and LoRA is not.", budget_checks.budget),
+        Check(
+            "L4",
+            "At m2 rank X parameters DiaBlo is optimal and, on a generic target, LoRA is not.",
+            budget_checks.budget,
+        ),
         Check(
             "L5",
             "On a dense rank-one update LoRA is ahead, on a block-aligned one DiaBlo.",

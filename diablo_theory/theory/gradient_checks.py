@@ -14,7 +14,7 @@ from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.gradients import Factors
 from diablo_theory.theory.networks import NetworkProblem, Update, flat
 from diablo_theory.theory.tolerances import tolerance
-from diablo_theory.theory.verdicts import Premise, Trial, Verdict
+from diablo_theory.theory.verdicts import Premise, Trial, Verdict, room
 
 # tanh: three layers that divide; ragged rectangular ones; more blocks than outputs. Then smooth and kinked
 # activations, a frozen head, and ragged attention
@@ -80,13 +80,14 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 
 
 def _position(problem: NetworkProblem, shift: bool) -> Premise:
-    """How many compared entries are the blocks' own, counted on a matrix that holds its own indices."""
+    """How many compared entries are the blocks' own, those with ``row // ceil(m1/N) = col // ceil(m2/N)``."""
     wrong = 0.0
     for layout in problem.layouts:
-        indices = torch.arange(layout.in_features * layout.out_features).reshape(layout.in_features, -1).double()
-        own = flat(layout.gather(indices))
-        compared = _shifted(indices, layout) if shift else own
-        wrong = max(wrong, float((compared != own).double().mean()))
+        m1, m2, n = layout.in_features, layout.out_features, layout.num_blocks
+        indices = torch.arange(m1 * m2).reshape(m1, m2).double()
+        compared = (_shifted(indices, layout) if shift else flat(layout.gather(indices))).long()
+        outside = (compared // m2) // -(-m1 // n) != (compared % m2) // -(-m2 // n)
+        wrong = max(wrong, float(outside.double().mean()))
     return Premise(wrong == 0.0, -wrong if wrong else 1.0)
 
 
@@ -97,7 +98,8 @@ def start(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> li
 
     - ``grad A = 0``, relative to ``s ||G||_F``. Premise: B = 0; margin 1, or minus the share of entries that are not.
       Control: PiSSA's start, the same output from B != 0.
-    - ``grad B = s A^T G``. Premise as before. Control: the same B != 0 on top of W0, where the network is another.
+    - ``grad B = s A^T G``, at PiSSA's start too. Premise: the frozen weight plus ``s A B`` is the weight at which G is
+      taken; margin, decades of their relative difference. Control: PiSSA's factors on top of W, another network.
     - DiaBlo's gradient is the blocks of G: premise, margin and control as in :func:`gradient`.
     - It is not zero, relative to ``||G||_F``. Premise: some group of inputs and its group of output gradients are both
       nonzero; margin, the share of such groups, or -1 without any. Control: inputs in one group, errors in another.
@@ -108,7 +110,7 @@ def start(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> li
         arithmetic: The precision and device of the instances.
 
     Returns:
-        Seven verdicts for each network, and the control of the last statement.
+        Eight verdicts for each network, and the control of the last statement.
 
     Source: theory.md, G2.
     """
@@ -168,13 +170,27 @@ def _lora_verdicts(trial: Trial, problem: NetworkProblem, generator: torch.Gener
     without = dataclasses.replace(problem, weights=(*residual, *problem.weights[len(adapted) :]))
     bound = tolerance("gradient", problem.inputs.dtype)
     still = "LoRA's usual start: grad A = 0 (control: PiSSA's start, of the same output)"
-    known = "LoRA's usual start: grad B = s A^T G (control: B not zero on top of W)"
+    known = "LoRA at a start of the same output: grad B = s A^T G (control: B not zero on top of W)"
     return [
         trial.vanishes("claim", still, _zero_b(usual), max(_a_sizes(problem, usual, full)), bound),
         trial.vanishes("control", still, _zero_b(principal), min(_a_sizes(without, principal, full)), bound),
-        trial.vanishes("claim", known, _zero_b(usual), max(_b_errors(problem, usual, full)), bound),
-        trial.vanishes("control", known, _zero_b(principal), min(_b_errors(problem, principal, full)), bound),
+        *(
+            trial.vanishes(role, known, _same(start, factors, adapted), worst(_b_errors(start, factors, full)), bound)
+            for role, start, factors, worst in (
+                ("claim", problem, usual, max),
+                ("claim", without, principal, max),
+                ("control", problem, principal, min),
+            )
+        ),
     ]
+
+
+def _same(problem: NetworkProblem, factors: list[Factors], weights: tuple[Tensor, ...]) -> Premise:
+    """Whether the frozen weights plus ``s A B`` are these weights."""
+    pairs = zip(problem.weights, factors, weights, strict=False)
+    off = max(float((frozen + _LORA_SCALE * A @ B - W).norm() / W.norm()) for frozen, (A, B), W in pairs)
+    margin = room(off, tolerance("gradient", weights[0].dtype).value)
+    return Premise(margin > 0, margin)
 
 
 def _zero_b(factors: list[Factors]) -> Premise:

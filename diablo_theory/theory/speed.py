@@ -1,7 +1,7 @@
 """Speed and scale of the closed forms, measured: maps against a plain loop, one layer of a 7B model, and growth.
 
-Times are compared in pairs, one after the other in one process, and reported as ratios: medians with the range of the
-pairs. Nothing here decides a test.
+Times are compared one after the other in one process and reported as ratios: medians with the range of the pairs where
+there are several, else the one measurement. Nothing here decides a test.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def _timed(work: Callable[..., Result], *args: Any, **kwargs: Any) -> tuple[floa
 def plain_gaps(problem: LinearProblem, A: Tensor) -> tuple[float, float, float]:
     """The gaps of DiaBlo, LoRA and frozen-A LoRA on one problem, as a reader would write them with scipy.
 
-    Nothing is shared between methods: each has its least-squares solves (DiaBlo one for each block), and LoRA a
-    singular value decomposition.
+    Each method has its least-squares solves (DiaBlo one for each block, LoRA a singular value decomposition of the
+    fit); nothing is shared between problems.
 
     Args:
         problem: One linear problem; LoRA has the rank that DiaBlo's parameters buy.
@@ -104,9 +104,10 @@ def plain_gaps(problem: LinearProblem, A: Tensor) -> tuple[float, float, float]:
     def missed(inputs: Floats, targets: Floats) -> float:
         return float(np.square(targets - fit(inputs, targets)).sum())
 
-    full, captured = missed(X, R), float(np.square(fit(X, R)).sum())
+    fitted = fit(X, R)
+    full, captured = float(np.square(R - fitted).sum()), float(np.square(fitted).sum())
     diablo = sum(missed(X[:, layout.rows(i)], R[:, layout.cols(i)]) for i in range(layout.count))
-    sigma = scipy.linalg.svd(fit(X, R), compute_uv=False)
+    sigma = scipy.linalg.svd(fitted, compute_uv=False)
     lora = float(np.square(sigma[optima.lora_rank_at_budget(layout) :]).sum())
     return (diablo - full) / captured, lora / captured, (missed(X @ A.numpy(), R) - full) / captured
 

@@ -43,10 +43,11 @@ def stationary(generator: torch.Generator, number: int, arithmetic: Arithmetic) 
     ||grad D||_F`` in every layer, without S3's leak. The conclusion: grad W fell, claim margin in decades of its norm
     relative to the start. Premise margin: as in L2, the smallest over layers, at the point reached. Inputs are
     repeated with different targets, so the loss cannot reach zero and the gradients at the outputs do not vanish.
-    Control: more distinct samples than d1.
+    Control: more distinct samples than d1, at a generic point that its targets make stationary, so that it is the
+    premise and not unfinished descent that fails it.
 
     A network with kinks is among the claims: with so few samples descent ends inside one of the regions where it is
-    smooth. Beyond the premise it would stall at a kink, so the control is smooth.
+    smooth.
 
     Args:
         generator: Where the networks come from.
@@ -58,12 +59,12 @@ def stationary(generator: torch.Generator, number: int, arithmetic: Arithmetic) 
 
     Source: arXiv 2506.03230v2, stationarity theorem; theory.md, S1 and S3.
     """
-    cases = [("claim", make) for make in _FEW_SAMPLES] + [("control", _MANY_SAMPLES)]
+    cases = [*(("claim", make, _descended) for make in _FEW_SAMPLES), ("control", _MANY_SAMPLES, _made)]
     verdicts = []
-    for role, make in cases:
+    for role, make, reached in cases:
         problem = make(generator, arithmetic=arithmetic)
         trial = Trial("S1", number, problem.description)
-        verdicts += _verdicts(trial, role, "more samples than d1", _descended(problem, generator))
+        verdicts += _verdicts(trial, role, "more samples than d1", reached(problem, generator))
     return verdicts
 
 

@@ -102,19 +102,29 @@ class Trial:
 
     def vanishes(self, role: str, statement: str, premise: Premise, measured: float, tolerance: Tolerance) -> Verdict:
         """The verdict on a claim that a measured quantity is zero, that is at most the tolerance."""
-        holds = math.isfinite(measured) and measured <= tolerance.value
-        return self._verdict(role, statement, premise, holds, room(measured, tolerance.value), tolerance)
+        margin = room(measured, tolerance.value)
+        return self._verdict(role, statement, premise, measured, measured <= tolerance.value, margin, tolerance)
 
     def stays_positive(
         self, role: str, statement: str, premise: Premise, measured: float, tolerance: Tolerance
     ) -> Verdict:
         """The verdict on a claim that a measured quantity is above zero, that is above the tolerance."""
-        holds = math.isfinite(measured) and measured > tolerance.value
-        return self._verdict(role, statement, premise, holds, -room(measured, tolerance.value), tolerance)
+        margin = -room(measured, tolerance.value)
+        return self._verdict(role, statement, premise, measured, measured > tolerance.value, margin, tolerance)
 
     def _verdict(
-        self, role: str, statement: str, premise: Premise, holds: bool, margin: float, tolerance: Tolerance
+        self,
+        role: str,
+        statement: str,
+        premise: Premise,
+        measured: float,
+        holds: bool,
+        margin: float,
+        tolerance: Tolerance,
     ) -> Verdict:
+        if math.isnan(measured):  # proves nothing: wrong whichever way it should have come out
+            holds = role == "control"
+            margin = WIDEST if holds else -WIDEST
         return Verdict(
             check=self.check,
             statement=statement,
