@@ -43,7 +43,7 @@ CHECKS: dict[str, Check] = {
         ),
         Check(
             "L5",
-            "On a dense rank-one update LoRA is ahead, on a block-aligned one DiaBlo.",
+            "On a dense update of its rank LoRA is ahead, on a block-aligned one DiaBlo.",
             crossover_checks.crossover,
         ),
         Check("L6", "At DiaBlo's parameters LoRA with a frozen A loses nothing either.", budget_checks.frozen_factor),

@@ -64,6 +64,15 @@ def test_who_was_under_way_at_two_deaths_runs_alone_before_the_rest_goes_on():
     assert [index for index in sorted(found) if isinstance(found[index], WorkerDiedError)] == [2]
 
 
+@pytest.fixture
+def listening():
+    """Ctrl-C raises here, even in a run that a shell has put into the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_an_interrupt_ends_the_workers(tmp_path):
     tasks = noted_tasks(tmp_path, {})
     for task in tasks[1:]:

@@ -15,13 +15,13 @@ def test_an_off_by_one_rank_in_lora_is_noticed(monkeypatch, failing, off):
     original = optima.lora_optimum
     monkeypatch.setattr(optima, "lora_optimum", lambda p, rho: original(p, rho + off))
     wrong = failing("L5", "claim", trials=3)
-    assert wrong.empty if off == 1 else len(wrong) == 9  # a rank too many is no worse on a rank-one update ..
+    assert wrong.empty if off == 1 else len(wrong) == 9  # a rank too many is no worse ..
     if off == 1:
         monkeypatch.setattr(optima, "lora_optimum", lambda p, rho: original(p, p.target.shape[-1]))
         assert len(failing("L5", "control", trials=3)) == 9  # .. but at full rank it wins where it should not
 
 
-def test_a_target_of_rank_two_is_noticed(monkeypatch, failing):
+def test_a_target_of_one_rank_more_is_noticed(monkeypatch, failing):
     original = problems.update_of_kind
 
     def higher(kind, layout, generator, rank=1):
