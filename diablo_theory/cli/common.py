@@ -70,7 +70,10 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the Ctrl-C
-            _fail("stopped. Run the same command again: it goes on from the last finished piece.", INTERRUPTED)
+            _fail(
+                "stopped. Run the same command again; what is already kept in its folder is not done again.",
+                INTERRUPTED,
+            )
         raise
     except DiabloTheoryError as error:
         _fail(str(error), 1)

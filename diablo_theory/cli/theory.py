@@ -107,7 +107,7 @@ def gap_map(
             seed=seed,
         )
     tasks = grid.tasks()
-    with Board(console).piece(f"map of {grid.size_of:,} cells, input by input", len(tasks)) as advance:
+    with Board(console).piece(f"map of {grid.num_cells:,} cells, input by input", len(tasks)) as advance:
         known = [0]
 
         def tell(finished: int, total: int) -> None:

@@ -46,7 +46,11 @@ CHECKS: dict[str, Check] = {
             "On a dense update of its rank LoRA is ahead, on a block-aligned one DiaBlo.",
             crossover_checks.crossover,
         ),
-        Check("L6", "At DiaBlo's parameters LoRA with a frozen A loses nothing either.", budget_checks.frozen_factor),
+        Check(
+            "L6",
+            "Where DiaBlo loses nothing for any target, nor does LoRA with a frozen A of its size.",
+            budget_checks.frozen_factor,
+        ),
         Check("L7", "On average DiaBlo loses 1/2 s^2 m2 (r - min(r, d1)).", expected_gap_checks.expected_gap),
         Check("S1", "Under L2's premise a stationary D is stationary in W.", stationarity_checks.stationary),
         Check(

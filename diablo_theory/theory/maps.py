@@ -96,7 +96,7 @@ class Grid:
             raise ValueError(f"noises must be 0 for target {self.target!r}, which has no signal, got {self.noises}")
 
     @property
-    def size_of(self) -> int:
+    def num_cells(self) -> int:
         """How many cells there are."""
         parts = (self.ranks, self.conditions, self.target_ranks, self.noises, self.block_counts)
         count = 1

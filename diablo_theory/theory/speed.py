@@ -145,12 +145,12 @@ def map_against_loop(grid: Grid = LARGE_GRID, sample: int = 5, progress: Progres
         ours.append(quick / len(cells))
         theirs.append(slow / min(sample, len(cells)))
         ratios.append(theirs[-1] / ours[-1])
-    setting = f"{grid.size_of} cells, b={grid.rows} m1={grid.size} m2={grid.outputs}"
+    setting = f"{grid.num_cells} cells, b={grid.rows} m1={grid.size} m2={grid.outputs}"
     lines = [
         measure("map", "time of the plain loop over the map's", [sum(theirs) / sum(ours)], "times", setting),
         measure("map", "the same, input by input", ratios, "times", setting),
         measure("map", "largest difference of a relative gap", [off], "of captured", setting),
-        measure("map", "time of the map, all cells", [sum(ours) * grid.size_of / len(tasks)], "s", setting),
+        measure("map", "time of the map, all cells", [sum(ours) * grid.num_cells / len(tasks)], "s", setting),
     ]
     return pd.DataFrame(lines, columns=list(COLUMNS))
 

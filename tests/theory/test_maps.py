@@ -23,7 +23,7 @@ def default_map():
 
 def test_the_default_map_has_every_cell_once(default_map):
     grid = Grid()
-    assert len(default_map) == grid.size_of == len(grid.ranks) * len(grid.block_counts)
+    assert len(default_map) == grid.num_cells == len(grid.ranks) * len(grid.block_counts)
     assert set(zip(default_map.rank_x, default_map.num_blocks, strict=True)) == {
         (r, n) for r in grid.ranks for n in grid.block_counts
     }

@@ -12,7 +12,7 @@ SMALL = Grid(
 
 def test_the_large_grid_is_the_promised_one():
     grid = speed.LARGE_GRID
-    assert (grid.size_of, grid.rows, grid.size, grid.outputs) == (10_000, 256, 128, 128)
+    assert (grid.num_cells, grid.rows, grid.size, grid.outputs) == (10_000, 256, 128, 128)
 
 
 def test_the_plain_loop_finds_the_maps_numbers():
