@@ -135,15 +135,15 @@ def certificates(layers: Mapping[str, LayerStatistics], num_blocks: int, rtol: f
         raise ValueError("layers must hold at least one layer's statistics, got none")
     rows = []
     for name, sums in layers.items():
-        m1, m2 = sums.cross.shape
-        layout, problem = BlockLayout(m1, m2, num_blocks), sums.reduce(rtol)
+        layout = BlockLayout(sums.in_features, sums.out_features, num_blocks)
+        problem, exponent = sums.reduce(rtol), torch.tensor(sums.x_exponent + sums.r_exponent, device=sums.sums.device)
         premise = premise_of(problem.space, layout)
-        found = certificate_of(problem.space, sums.cross, problem.space.exponent + problem.exponent, layout)
+        found = certificate_of(problem.space, sums.cross, exponent, layout)
         rows.append(
             {
                 "layer": name,
-                "in_features": m1,
-                "out_features": m2,
+                "in_features": layout.in_features,
+                "out_features": layout.out_features,
                 "tokens": sums.tokens,
                 "num_blocks": num_blocks,
                 "block_rows": layout.block_rows,

@@ -9,6 +9,7 @@ the closed forms do not know the difference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ class ReducedProblem:
     outside: Float[Tensor, ...]
     exponent: Int[Tensor, ...]
 
-    @property
+    @cached_property
     def captured(self) -> Float[Tensor, ...]:
         """``||P_X R||_F^2`` with R at unit scale, shape (...): what full fine-tuning captures."""
         return self.target.square().sum((-2, -1))

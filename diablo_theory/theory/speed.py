@@ -227,7 +227,7 @@ def layer_at_scale(
 def _all_optima(sums: LayerStatistics, num_blocks: Sequence[int], generator: torch.Generator) -> int:
     """Every minimum and gap of a layer from its sums; returns the rank of X."""
     problem = sums.reduce()
-    width, outputs = sums.cross.shape
+    width, outputs = sums.in_features, sums.out_features
     optima.full_optimum(problem, minimiser=False)
     optima.lora_relative_gaps(problem)
     for count in num_blocks:

@@ -13,8 +13,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
 import safetensors
 import safetensors.torch
 import torch
@@ -23,42 +21,75 @@ from torch import Tensor
 
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.files import write_with
-from diablo_theory.theory.column_space import ColumnSpace, decide_rank, largest_magnitude, times_power, unit_scale
+from diablo_theory.theory.column_space import ColumnSpace, decide_rank, largest_magnitude, times_power
 from diablo_theory.theory.reduction import ReducedProblem
 from diablo_theory.theory.tolerances import tolerance
 
-_FORMAT = "diablo_theory statistics 1"
-_SUMS = ("gram", "cross", "square")
-_SCALARS = ("tokens", "x_exponent", "r_exponent", "single")
-_SMALLEST = -1074  # of the powers of two that float64 holds
+_FORMAT = "diablo_theory statistics 2"
+_EXPONENTS = ("x_exponent", "r_exponent")
+_STEP = 256  # of the powers of two that are taken out: what is left of the largest entry is within 2^128 of 1
+_SMALLEST = -1024  # of these powers: that of zeros, which never set the scale
+_BESIDE = 3  # columns beside X: tokens in float64, tokens in less, ||r||
 
 
 @dataclass(eq=False)
 class LayerStatistics:
     """The sums of one linear layer ``Y = X W``, filled batch by batch.
 
+    One matrix holds them all, ``sums = [X c]^T [X c R]``, whose three columns c are, for each token, 1 where x came in
+    float64, 1 where it came in less, and ||r||. A batch enters by one matrix product in place: that takes little more
+    than the products themselves, and an interrupt finds the batch in all of the sums or in none.
+
     Powers of two are taken out of X and R, exactly, so that inputs of any scale neither overflow nor vanish when they
     are squared: ``X^T X = 4^x_exponent gram``, ``X^T R = 2^(x_exponent + r_exponent) cross`` and
     ``||R||_F^2 = 4^r_exponent square``.
 
     Args:
-        gram: G, shape (m1, m1), float64; both triangles.
-        cross: C, shape (m1, m2), float64.
-        square: s, shape (), float64.
-        tokens: Rows seen.
-        x_exponent: The power of two taken out of X: that of its largest entry so far, or the smallest of float64
-            while X is zero.
+        sums: Shape (m1 + 3, m1 + 3 + m2), float64; changed in place by :meth:`add`.
+        x_exponent: The power of two taken out of X: the multiple of 256 nearest to that of its largest entry so far,
+            or the smallest, -1024, while X is zero.
         r_exponent: The same of R.
-        single: Whether some X came in float32 or below, so that ranks are judged by float32's rounding.
     """
 
-    gram: Float[Tensor, "m1 m1"]
-    cross: Float[Tensor, "m1 m2"]
-    square: Float[Tensor, ""]
-    tokens: int = 0
+    sums: Float[Tensor, "rows cols"]
     x_exponent: int = _SMALLEST
     r_exponent: int = _SMALLEST
-    single: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """m1."""
+        return self.sums.shape[0] - _BESIDE
+
+    @property
+    def out_features(self) -> int:
+        """m2."""
+        return self.sums.shape[1] - self.sums.shape[0]
+
+    @property
+    def gram(self) -> Float[Tensor, "m1 m1"]:
+        """G, shape (m1, m1), both triangles; a view."""
+        return self.sums[: self.in_features, : self.in_features]
+
+    @property
+    def cross(self) -> Float[Tensor, "m1 m2"]:
+        """C, shape (m1, m2); a view."""
+        return self.sums[: self.in_features, self.in_features + _BESIDE :]
+
+    @property
+    def square(self) -> Float[Tensor, ""]:
+        """s, shape (); a view."""
+        return self.sums[-1, self.in_features + 2]
+
+    @property
+    def tokens(self) -> int:
+        """Rows seen."""
+        m1 = self.in_features
+        return int(self.sums[m1, m1] + self.sums[m1 + 1, m1 + 1])
+
+    @property
+    def single(self) -> bool:
+        """Whether some X came in float32 or below, so that ranks are judged by float32's rounding."""
+        return bool(self.sums[self.in_features + 1, self.in_features + 1] > 0)
 
     @classmethod
     def empty(cls, in_features: int, out_features: int, device: str | torch.device = "cpu") -> LayerStatistics:
@@ -75,8 +106,8 @@ class LayerStatistics:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        return cls(gram, gram.new_zeros(in_features, out_features), gram.new_zeros(()))
+        rows = in_features + _BESIDE
+        return cls(torch.zeros(rows, rows + out_features, dtype=torch.float64, device=device))
 
     @classmethod
     def of(cls, batches: Iterable[Sequence[Tensor]]) -> LayerStatistics:
@@ -109,27 +140,36 @@ class LayerStatistics:
             TypeError: If a tensor does not hold floating-point numbers.
             NonFiniteError: If one holds a NaN or an infinity.
         """
-        m1, m2 = self.cross.shape
-        x, r = self._rows("X", X, m1), self._rows("R", R, m2)
+        x, e = self._rows("X", X, self.in_features)
+        r, f = self._rows("R", R, self.out_features)
         if X.shape[:-1] != R.shape[:-1]:
             raise ValueError(f"X and R must have as many tokens, got {tuple(X.shape[:-1])} and {tuple(R.shape[:-1])}")
-        (x, e), (r, f) = _unit(x), _unit(r)
-        narrow = len(x) > 0 and X.dtype != torch.float64
-        batch = LayerStatistics(x.mT @ x, x.mT @ r, r.square().sum(), len(x), e, f, narrow)
-        vars(self).update(vars(self.merge(batch)))
+        e, f = max(e, self.x_exponent), max(f, self.r_exponent)
+        vars(self).update(vars(self._at(e, f)))
+        m = self.in_features + _BESIDE
+        batch = self.sums.new_empty(len(x), self.sums.shape[1])
+        batch[:, : m - _BESIDE] = x if e == 0 else times_power(x.double(), torch.tensor(-e, device=x.device))
+        batch[:, m:] = r if f == 0 else times_power(r.double(), torch.tensor(-f, device=r.device))
+        wide = X.dtype == torch.float64
+        batch[:, m - 3], batch[:, m - 2] = float(wide), float(not wide)
+        torch.linalg.vector_norm(batch[:, m:], dim=1, out=batch[:, m - 1])
+        self.sums.addmm_(batch[:, :m].mT, batch)
 
-    def _rows(self, name: str, tensor: Tensor, size: int) -> Float[Tensor, "tokens m"]:
-        """A tensor's tokens as rows of float64, if it fits."""
+    def _rows(self, name: str, tensor: Tensor, size: int) -> tuple[Shaped[Tensor, "tokens m"], int]:
+        """A tensor's tokens as rows, if it fits, and the power of two to take out of them."""
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
         if tensor.ndim < 1 or tensor.shape[-1] != size:
             raise ValueError(f"{name} must have {size} columns, got shape {tuple(tensor.shape)}")
-        if tensor.device != self.gram.device:
-            raise ValueError(f"{name} must be on {self.gram.device}, where the sums are, got {tensor.device}")
-        rows = tensor.detach().reshape(-1, size).double()
-        if not bool(largest_magnitude(rows).isfinite()):
+        if tensor.device != self.sums.device:
+            raise ValueError(f"{name} must be on {self.sums.device}, where the sums are, got {tensor.device}")
+        rows = tensor.detach().reshape(-1, size)
+        if rows.dtype.itemsize == 1:  # float8 knows no arithmetic
+            rows = rows.double()
+        largest = float(largest_magnitude(rows))
+        if not math.isfinite(largest):
             raise NonFiniteError(f"{name} holds a NaN or an infinity; nothing of this batch was added")
-        return rows
+        return rows, _STEP * round(math.frexp(largest)[1] / _STEP) if largest else _SMALLEST
 
     def merge(self, other: LayerStatistics) -> LayerStatistics:
         """The sums over the tokens of both, as new tensors.
@@ -137,19 +177,22 @@ class LayerStatistics:
         Raises:
             ValueError: If the two are of different shapes or devices.
         """
-        if self.cross.shape != other.cross.shape:
-            raise ValueError(f"other must be of shape {tuple(self.cross.shape)}, got {tuple(other.cross.shape)}")
-        if self.gram.device != other.gram.device:
-            raise ValueError(f"other must be on {self.gram.device}, got {other.gram.device}")
+        for field in ("in_features", "out_features"):
+            if getattr(self, field) != getattr(other, field):
+                raise ValueError(f"other must have {field}={getattr(self, field)}, got {getattr(other, field)}")
+        if self.sums.device != other.sums.device:
+            raise ValueError(f"other must be on {self.sums.device}, got {other.sums.device}")
         e, f = max(self.x_exponent, other.x_exponent), max(self.r_exponent, other.r_exponent)
-        one, two = self._sums_at(e, f), other._sums_at(e, f)
-        gram, cross, square = (a + b for a, b in zip(one, two, strict=True))
-        return LayerStatistics(gram, cross, square, self.tokens + other.tokens, e, f, self.single or other.single)
+        return LayerStatistics(self._at(e, f).sums + other._at(e, f).sums, e, f)
 
-    def _sums_at(self, e: int, f: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gram, cross and square for exponents at least as large as the present ones."""
+    def _at(self, e: int, f: int) -> LayerStatistics:
+        """The same sums for exponents at least as large as the present ones."""
         x, r = self.x_exponent - e, self.r_exponent - f
-        return _scaled(self.gram, 2 * x), _scaled(self.cross, x + r), _scaled(self.square, 2 * r)
+        if x == r == 0 or not bool(self.sums.any()):
+            return LayerStatistics(self.sums, e, f)
+        powers = torch.tensor([x] * self.in_features + [0, 0] + [r] * (1 + self.out_features), device=self.sums.device)
+        rows = powers[: len(self.sums), None]
+        return LayerStatistics(times_power(times_power(self.sums, rows), powers), e, f)
 
     def reduce(self, rtol: float | None = None) -> ReducedProblem:
         """Coordinates of X and P_X R from one eigendecomposition of G: what all closed forms take.
@@ -175,31 +218,22 @@ class LayerStatistics:
         relative = default if rtol is None else rtol
         if not floor <= relative < 1:
             raise ValueError(f"rtol must be at least sqrt(eps) = {floor:.3g} and below 1, got {relative}")
+        p, r = (torch.frexp(square).exponent.long() // 2 for square in (self.gram.diagonal().amax(), self.square))
         squares, V = torch.linalg.eigh(self.gram)
-        sigma = squares.flip(0).clamp(min=0).sqrt()
+        squares = times_power(squares.flip(0), -2 * p)  # at unit scale, as R is by 2^-r
+        sigma = squares.clamp(min=0).sqrt()
         largest = sigma[0]
         cutoff = relative * largest
         kept = sigma > cutoff
         Y = (sigma * kept)[:, None] * V.mT.flip(0)
-        M = torch.where(kept, 1 / squares.flip(0), 0.0)[:, None] * (Y @ self.cross)
+        M = times_power(torch.where(kept, 1 / squares, 0.0), -p - r)[:, None] * (Y @ self.cross)
         decision = decide_rank(sigma, cutoff, floor * largest, math.log10(relative / floor))
         return ReducedProblem(
-            ColumnSpace(Y, torch.tensor(self.x_exponent, device=Y.device), decision, cutoff, floor * largest),
+            ColumnSpace(Y, self.x_exponent + p, decision, cutoff, floor * largest),
             target=M,
-            outside=(self.square - M.square().sum()).clamp(min=0),
-            exponent=torch.tensor(self.r_exponent, device=Y.device),
+            outside=(times_power(self.square, -2 * r) - M.square().sum()).clamp(min=0),
+            exponent=self.r_exponent + r,
         )
-
-
-def _unit(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows at unit scale and the exponent taken out; of zeros the smallest, so that they never set the scale."""
-    scaled, exponent = unit_scale(rows)
-    return scaled, int(exponent) if bool(scaled.any()) else _SMALLEST
-
-
-def _scaled(tensor: Tensor, power: int) -> Tensor:
-    """``tensor 2^power`` for a power of at most zero; 2^-2200 takes every number of float64 to zero."""
-    return tensor if power == 0 else times_power(tensor, torch.tensor(max(power, -2200), device=tensor.device))
 
 
 def energy_rank(space: ColumnSpace, share: float = 0.99) -> int:
@@ -230,13 +264,9 @@ def save_statistics(path: Path, layers: Mapping[str, LayerStatistics]) -> None:
         path: The file; replaced if it exists.
         layers: By the layer's name.
     """
-    tensors = {
-        f"{name}:{field}": getattr(layer, field).cpu().contiguous()
-        for name, layer in layers.items()
-        for field in _SUMS
-    }
-    scalars = {name: {field: getattr(layer, field) for field in _SCALARS} for name, layer in layers.items()}
-    metadata = {"format": _FORMAT, "layers": json.dumps(scalars)}
+    tensors = {f"{name}:sums": layer.sums.cpu() for name, layer in layers.items()}
+    exponents = {name: {field: getattr(layer, field) for field in _EXPONENTS} for name, layer in layers.items()}
+    metadata = {"format": _FORMAT, "layers": json.dumps(exponents)}
     write_with(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
 
 
@@ -253,12 +283,11 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") == _FORMAT:
-                return {name: _layer(file, name, scalars) for name, scalars in json.loads(metadata["layers"]).items()}
+                return {
+                    name: LayerStatistics(file.get_tensor(f"{name}:sums"), *(exponents[field] for field in _EXPONENTS))
+                    for name, exponents in json.loads(metadata["layers"]).items()
+                }
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} is truncated or damaged ({error}); write it again") from error
     raise ResultsError(f"{path} is no statistics file of this version: its format is {metadata.get('format')!r}")
 
-
-def _layer(file: Any, name: str, scalars: Mapping[str, Any]) -> LayerStatistics:
-    sums = (file.get_tensor(f"{name}:{field}") for field in _SUMS)
-    return LayerStatistics(*sums, *(scalars[field] for field in _SCALARS))

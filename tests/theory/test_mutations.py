@@ -40,6 +40,7 @@ class Mutant:
 
 OPTIMA, LAWS = "theory/test_optima.py", "theory/test_optima_laws.py"
 SPACES, STATIONARITY = "theory/test_column_space.py", "theory/test_stationarity.py"
+STATISTICS = "theory/test_statistics.py"
 REDUCTION, PROBLEMS, MAPS = "theory/test_reduction.py", "theory/test_problems.py", "theory/test_maps.py"
 
 MUTANTS = [
@@ -309,15 +310,15 @@ MUTANTS = [
     ),
     Mutant(
         "theory/statistics.py",
-        "_scaled(self.gram, 2 * x)",
-        "_scaled(self.gram, x)",
-        REDUCTION,
-        "sums_over_tokens",
+        "times_power(times_power(self.sums, rows), powers)",
+        "times_power(self.sums, powers)",
+        STATISTICS,
+        "order_of_scales",
         "squares are brought to another scale by its power, not by its square",
     ),
     Mutant(
         "theory/statistics.py",
-        "torch.where(kept, 1 / squares.flip(0), 0.0)",
+        "torch.where(kept, 1 / squares, 0.0)",
         "torch.where(kept, 1 / sigma, 0.0)",
         REDUCTION,
         "sums_over_tokens",
@@ -325,8 +326,8 @@ MUTANTS = [
     ),
     Mutant(
         "theory/statistics.py",
-        "outside=(self.square - M.square().sum())",
-        "outside=self.square",
+        "outside=(times_power(self.square, -2 * r) - M.square().sum())",
+        "outside=times_power(self.square, -2 * r)",
         REDUCTION,
         "sums_over_tokens",
         "what no update can reach includes what full fine-tuning does",
