@@ -6,33 +6,45 @@ import argparse
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from diablo_theory.errors import DiabloTheoryError, ResultsError
 from diablo_theory.files import write_text
 from diablo_theory.reporting.plots import save_figures
 from diablo_theory.reporting.results import collect
+from diablo_theory.reporting.speeds import read_speeds, readable_speeds
 from diablo_theory.reporting.tables import Tables, build, markdown, readable
 
 HERE = Path(__file__).resolve().parent
 SAVED = HERE.parent / "paper_results" / "reproduced"
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- generated: ", "<!-- end of generated -->"
+SPEEDS = HERE.parent / "paper_results" / "speed"
+END = "<!-- end of generated -->"
 IN_README = ("results", "differences", "costs")
 
 
-def with_tables(readme: str, tables: Tables) -> str:
-    """README's text with the tables between its two markers renewed.
+def with_section(readme: str, name: str, body: str) -> str:
+    """README's text with what lies between the markers of a generated section renewed.
 
     Raises:
         ResultsError: If a marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    first_line, newline, body = rest.partition("\n")
-    _, end, after = body.partition(END)
-    if not (begin and newline and end):
-        raise ResultsError(f"README.md lacks the lines that begin with {BEGIN!r} and {END!r}")
+    begin = f"<!-- generated from {name};"
+    before, found, rest = readme.partition(begin)
+    first_line, newline, old = rest.partition("\n")
+    _, end, after = old.partition(END)
+    if not (found and newline and end):
+        raise ResultsError(f"README.md lacks the lines that begin with {begin!r} and {END!r}")
+    return f"{before}{begin}{first_line}\n\n{body}\n{end}{after}"
+
+
+def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame) -> str:
+    """README's text with the tables of the saved results renewed."""
     words = readable(tables)
-    written = "\n".join(markdown(words[name]) for name in IN_README if name in words)
-    return f"{before}{begin}{first_line}\n\n{written}\n{end}{after}"
+    results = "\n".join(markdown(words[name]) for name in IN_README if name in words)
+    where = "\n".join(sorted({f"Measured on {where}." for where in speeds["where"]}))
+    speed = f"{markdown(readable_speeds(speeds))}\n{where}\n"
+    return with_section(with_section(readme, "paper_results/reproduced", results), "paper_results/speed", speed)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         tables = build(data)
         written, skipped = save_figures(data, tables, options.out)
         if options.results == SAVED:
-            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables))
+            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS)))
             written.append(README)
     except DiabloTheoryError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ ALLOWED = {
     "methods": {"blocks", "tuner"},
     "finetune": GROUND | {"methods", "provenance"},
     "bench": {"methods", "finetune"},
+    "speed": {"blocks", "provenance", "theory"},
     "diagnose": {"errors", "finetune", "theory"},
     "reporting": {"errors", "files"},
     "progress": set(),

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory import cli
+from diablo_theory.reporting.speeds import read_speeds
 
 RUN = ["num_blocks=6", "steps=3", "batch_size=2", "warmup_steps=1", "eval_items=4", "device=cpu"]
 
@@ -221,8 +222,8 @@ def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, tiny_model):
 def test_speed_measures_a_small_layer(shell, tmp_path):
     status, out, _ = shell("speed", "layer", "--width", "128", "--tokens", "4096", "--out", "here")
     assert status == 0
-    assert "peak resident memory" in out
-    assert set(pd.read_csv(tmp_path / "here/speed.csv")["benchmark"]) == {"layer"}
-    assert json.loads((tmp_path / "here/speed.json").read_text())["package_version"]
+    assert "peak memory" in out
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"layer.csv", "layer.json"}
+    assert set(read_speeds(tmp_path / "here")["benchmark"]) == {"layer"}
     assert "unknown benchmark 'layers'. Did you mean 'layer'?" in shell("speed", "layers")[2]
-    assert "tokens must be a positive multiple of batch = 2048" in shell("speed", "layer", "--tokens", "5")[2]
+    assert "tokens must be a multiple of batch = 2048, at least 4096, got 5" in shell("speed", "--tokens", "5")[2]

@@ -8,6 +8,7 @@ import pytest
 
 from diablo_theory.cli import app
 from diablo_theory.reporting.results import collect
+from diablo_theory.reporting.speeds import read_speeds
 from diablo_theory.reporting.tables import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,7 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_tables_are_those_of_the_saved_results():
     script = runpy.run_path(str(ROOT / "figures" / "make_figures.py"))
-    assert script["with_tables"](README, build(collect(script["SAVED"]))) == README
+    saved = build(collect(script["SAVED"])), read_speeds(script["SPEEDS"])
+    assert script["with_tables"](README, *saved) == README
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))

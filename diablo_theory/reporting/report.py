@@ -225,20 +225,6 @@ def learning_rate_table(rates: pd.DataFrame) -> Table:
     return _terminal_table(readable(build(data))["learning_rates"], "Learning rates")
 
 
-def speed_table(lines: pd.DataFrame) -> Table:
-    """Measures of a benchmark (the rows of ``speed.csv``) for the terminal."""
-    words = [
-        {
-            "What": line["quantity"],
-            "Median": f"{line['value']:.3g} {line['unit']}".strip(),
-            "Range": f"{line['low']:.3g} to {line['high']:.3g}" if line["n"] > 1 else "-",
-            "Setting": line["setting"],
-        }
-        for line in lines.to_dict("records")
-    ]
-    return _terminal_table(pd.DataFrame(words), str(lines["benchmark"].iloc[0]))
-
-
 def _terminal_table(frame: pd.DataFrame, title: str) -> Table:
     table = Table(title=_ascii(title), title_justify="left")
     for column in frame.columns:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
 import safetensors
 import safetensors.torch
 import torch
@@ -290,4 +291,3 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} is truncated or damaged ({error}); write it again") from error
     raise ResultsError(f"{path} is no statistics file of this version: its format is {metadata.get('format')!r}")
-

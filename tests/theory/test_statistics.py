@@ -590,7 +590,9 @@ def test_layers_may_have_any_names(tmp_path_factory, names):
     layers = {name: LayerStatistics.empty(i + 1, 2) for i, name in enumerate(names)}
     save_statistics(path, layers)
     loaded = load_statistics(path)
-    assert [(name, sums.in_features) for name, sums in loaded.items()] == [(name, i + 1) for i, name in enumerate(names)]
+    assert [(name, sums.in_features) for name, sums in loaded.items()] == [
+        (name, i + 1) for i, name in enumerate(names)
+    ]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
+from diablo_theory.provenance import peak_rss_gib
 from diablo_theory.theory import optima, starts
 from diablo_theory.theory.arithmetic import seeded
 from diablo_theory.theory.maps import Grid, cell_problem, map_cells
@@ -30,8 +31,9 @@ from diablo_theory.theory.tolerances import tolerance
 Progress = Callable[[str], None]
 Result = TypeVar("Result")
 Floats = npt.NDArray[np.float64]
-COLUMNS: tuple[str, ...] = ("benchmark", "quantity", "value", "low", "high", "unit", "n", "setting")
 
+BATCH = 2048
+"""Tokens at a time."""
 LARGE_GRID = Grid(
     ranks=(4, 8, 12, 16, 24, 32, 48, 64, 96, 128),
     conditions=(1.0, 10.0, 100.0, 1000.0, 10000.0),
@@ -60,6 +62,7 @@ class Measure:
         unit: Such as "times" or "s".
         n: Repetitions.
         setting: The sizes, readable.
+        aim: What was asked of it before it was measured, readable; empty if nothing was.
     """
 
     benchmark: str
@@ -70,11 +73,13 @@ class Measure:
     unit: str
     n: int
     setting: str
+    aim: str
 
 
-def measure(benchmark: str, quantity: str, values: Sequence[float], unit: str, setting: str) -> Measure:
+def measure(benchmark: str, quantity: str, values: Sequence[float], unit: str, setting: str, aim: str = "") -> Measure:
     """The line of one quantity from its repetitions."""
-    return Measure(benchmark, quantity, float(np.median(values)), min(values), max(values), unit, len(values), setting)
+    middle, low, high = float(np.median(values)), min(values), max(values)
+    return Measure(benchmark, quantity, middle, low, high, unit, len(values), setting, aim)
 
 
 def _timed(work: Callable[..., Result], *args: Any, **kwargs: Any) -> tuple[float, Result]:
@@ -125,7 +130,8 @@ def map_against_loop(grid: Grid = LARGE_GRID, sample: int = 5, progress: Progres
         progress: Called with a short text before each input.
 
     Returns:
-        Columns ``COLUMNS``: the loop's time a cell over the map's (one value an input), both times, and the largest
+        One row a :class:`Measure`: the loop's time a cell over the map's (one value an input), both times, and the
+        largest
         difference of any gap, as a share of what full fine-tuning captures.
     """
     generator = np.random.default_rng(grid.seed)
@@ -147,12 +153,14 @@ def map_against_loop(grid: Grid = LARGE_GRID, sample: int = 5, progress: Progres
         ratios.append(theirs[-1] / ours[-1])
     setting = f"{grid.num_cells} cells, b={grid.rows} m1={grid.size} m2={grid.outputs}"
     lines = [
-        measure("map", "time of the plain loop over the map's", [sum(theirs) / sum(ours)], "times", setting),
+        measure(
+            "map", "time of the plain loop over the map's", [sum(theirs) / sum(ours)], "times", setting, "at least 20"
+        ),
         measure("map", "the same, input by input", ratios, "times", setting),
-        measure("map", "largest difference of a relative gap", [off], "of captured", setting),
+        measure("map", "largest difference of a relative gap", [off], "of captured", setting, "at most 1e-9"),
         measure("map", "time of the map, all cells", [sum(ours) * grid.num_cells / len(tasks)], "s", setting),
     ]
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return pd.DataFrame(lines)
 
 
 def activations(width: int, rows: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -173,7 +181,7 @@ def activations(width: int, rows: int, generator: torch.Generator) -> Iterator[t
 def layer_at_scale(
     width: int = 4096,
     tokens: int = 65_536,
-    batch: int = 2048,
+    batch: int = BATCH,
     num_blocks: Sequence[int] = (16, 32, 64, 128),
     pairs: int = 5,
     progress: Progress | None = None,
@@ -182,7 +190,7 @@ def layer_at_scale(
 
     Args:
         width: m1 = m2.
-        tokens: In all, a multiple of batch.
+        tokens: In all, a multiple of batch, at least two.
         batch: Tokens at a time.
         num_blocks: N; for each, DiaBlo, LoRA with a frozen A, and LoRA's tangent at its usual start, with LoRA's best
             at every rank and full fine-tuning.
@@ -190,14 +198,14 @@ def layer_at_scale(
         progress: Called with a short text before each part.
 
     Returns:
-        Columns ``COLUMNS``: accumulation over the bare float64 products X^T X and X^T R of the same batch, all optima
-        over one ``eigh`` and one ``svdvals`` of the layer's size, and the captures.
+        One row a :class:`Measure`: accumulation over the bare float64 products X^T X and X^T R of the same batch, all
+        optima over one ``eigh`` and one ``svdvals`` of the layer's size, the rank of X, and the most memory that the
+        process has held so far.
 
     Raises:
-        ValueError: If tokens is not a positive multiple of batch.
+        ValueError: If tokens is not a multiple of batch, or holds fewer than two batches (the first one warms up).
     """
-    if tokens < batch or tokens % batch:
-        raise ValueError(f"tokens must be a positive multiple of batch = {batch}, got {tokens}")
+    require_batches(tokens, batch)
     tell = progress or (lambda text: None)
     generator, sums, ratios = seeded(0), LayerStatistics.empty(width, width), []
     stream = activations(width, batch, generator)
@@ -216,12 +224,20 @@ def layer_at_scale(
     ours, rank = _timed(_all_optima, sums, num_blocks, generator)
     setting = f"m1=m2={width} tokens={tokens} N={','.join(map(str, num_blocks))}"
     lines = [
-        measure("layer", "accumulation over bare products", ratios, "times", setting),
-        measure("layer", "all optima over eigh + svdvals", [ours / base], "times", setting),
+        measure("layer", "accumulation over bare products", ratios, "times", setting, "at most 1.2"),
+        measure("layer", "all optima over eigh + svdvals", [ours / base], "times", setting, "at most 2"),
         measure("layer", "eigh + svdvals", [base], "s", setting),
         measure("layer", "rank X", [float(rank)], "directions", setting),
     ]
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    if (peak := peak_rss_gib()) is not None:
+        lines.append(measure("layer", "peak memory of the process", [peak], "GiB", setting, "at most 3"))
+    return pd.DataFrame(lines)
+
+
+def require_batches(tokens: int, batch: int = BATCH) -> None:
+    """Raise ValueError unless tokens fill at least two batches, and fill them."""
+    if tokens < 2 * batch or tokens % batch:
+        raise ValueError(f"tokens must be a multiple of batch = {batch}, at least {2 * batch}, got {tokens}")
 
 
 def _all_optima(sums: LayerStatistics, num_blocks: Sequence[int], generator: torch.Generator) -> int:
@@ -257,13 +273,13 @@ def cells_of(count: int) -> float:
     return _timed(map_cells, **grid.tasks()[0])[0]
 
 
-GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], float]]] = {
-    "tokens, accumulation": ((4096, 8192, 16384, 32768), lambda tokens: accumulation_of(512, tokens)),
-    "width, accumulation": ((512, 1024, 2048, 4096), lambda width: accumulation_of(width, 2048)),
-    "width, all optima": ((256, 512, 1024, 2048), optima_of),
-    "cells, map": ((5, 10, 20, 40), cells_of),
+GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], float], str]] = {
+    "tokens, accumulation": ((4096, 8192, 16384, 32768), lambda tokens: accumulation_of(512, tokens), "1"),
+    "width, accumulation": ((512, 1024, 2048, 4096), lambda width: accumulation_of(width, 2048), "2"),
+    "width, all optima": ((256, 512, 1024, 2048), optima_of, "3"),
+    "cells, map": ((5, 10, 20, 40), cells_of, "at most 1"),
 }
-"""What is grown: the sizes, and the seconds that one takes."""
+"""What is grown: the sizes, the seconds that one takes, and the exponent that counting operations gives."""
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
@@ -279,14 +295,14 @@ def growth(repeats: int = 3, progress: Progress | None = None) -> pd.DataFrame:
         progress: Called with a short text before each exponent.
 
     Returns:
-        Columns ``COLUMNS``, one row an exponent; expected are 1 in tokens, 2 in width for accumulation, 3 for all
-        optima, and at most 1 in cells (cells share work).
+        One row a :class:`Measure`; expected are 1 in tokens, 2 in width for accumulation, 3 for all optima, and at
+        most 1 in cells (cells share work).
     """
     lines = []
-    for name, (sizes, timed) in GROWTH.items():
+    for name, (sizes, timed, expected) in GROWTH.items():
         if progress is not None:
             progress(f"exponent in {name}")
         timed(sizes[0])  # warm up
         slopes = [exponent(sizes, [timed(size) for size in sizes]) for _ in range(repeats)]
-        lines.append(measure("growth", f"exponent in {name}", slopes, "", f"{sizes[0]} to {sizes[-1]}"))
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+        lines.append(measure("growth", f"exponent in {name}", slopes, "", f"{sizes[0]} to {sizes[-1]}", expected))
+    return pd.DataFrame(lines)

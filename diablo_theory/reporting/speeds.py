@@ -1,0 +1,76 @@
+"""Saved benchmarks of the closed forms: read, and written in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.files import read_json
+
+BENCHMARKS = ("map", "layer", "growth")
+"""In the order in which they are run and shown."""
+COLUMNS = ("benchmark", "quantity", "value", "low", "high", "unit", "n", "setting", "aim")
+
+
+def read_speeds(folder: Path) -> pd.DataFrame:
+    """The measures that ``diablo-theory speed --out`` wrote, benchmark by benchmark, with where they were made.
+
+    Args:
+        folder: With a CSV and a JSON file for each benchmark that was run.
+
+    Returns:
+        Columns ``COLUMNS`` and "where", the processor with its threads, and the version of torch.
+
+    Raises:
+        ResultsError: If there is none, or a file is damaged or of another kind.
+    """
+    found = []
+    for name in BENCHMARKS:
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            continue
+        try:
+            lines = pd.read_csv(path, keep_default_na=False)
+        except (ValueError, OSError) as error:
+            raise ResultsError(f"{path} cannot be read ({error}); run `diablo-theory speed {name}` again") from error
+        if tuple(lines.columns) != COLUMNS:
+            raise ResultsError(f"{path} has columns {list(lines.columns)}, expected {list(COLUMNS)}")
+        made = read_json(path.with_suffix(".json"))
+        found.append(lines.assign(where=f"{made['cpu']}, {made['threads']} threads, torch {made['torch']}"))
+    if not found:
+        raise ResultsError(f"{folder} holds no benchmark; `diablo-theory speed --out {folder}` makes them")
+    return pd.concat(found, ignore_index=True)
+
+
+def readable_speeds(lines: pd.DataFrame) -> pd.DataFrame:
+    """Measures in words: a line each, with its range and what was aimed for."""
+    words = [
+        {
+            "Benchmark": line["benchmark"],
+            "Measure": line["quantity"],
+            "Median": f"{_number(line['value'])} {line['unit']}".strip(),
+            "Range": f"{_number(line['low'])} to {_number(line['high'])}" if line["n"] > 1 else "—",
+            "Aim": line["aim"] or "—",
+            "Setting": line["setting"],
+        }
+        for line in lines.to_dict("records")
+    ]
+    return pd.DataFrame(words)
+
+
+def speed_table(lines: pd.DataFrame) -> Table:
+    """The measures of one benchmark for the terminal."""
+    table = Table(title=str(lines["benchmark"].iloc[0]), title_justify="left", caption=str(lines["setting"].iloc[0]))
+    words = readable_speeds(lines).drop(columns=["Benchmark", "Setting"]).replace("—", "-")
+    for column in words.columns:
+        table.add_column(column, overflow="fold")
+    for row in words.itertuples(index=False):
+        table.add_row(*row)
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
