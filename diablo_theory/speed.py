@@ -62,7 +62,7 @@ class Measure:
         unit: Such as "times" or "s".
         n: Repetitions.
         setting: The sizes, readable.
-        aim: What was asked of it before it was measured, readable; empty if nothing was.
+        aim: What was aimed for or expected before it was measured, readable; empty if nothing was.
     """
 
     benchmark: str
@@ -131,8 +131,7 @@ def map_against_loop(grid: Grid = LARGE_GRID, sample: int = 5, progress: Progres
 
     Returns:
         One row a :class:`Measure`: the loop's time a cell over the map's (one value an input), both times, and the
-        largest
-        difference of any gap, as a share of what full fine-tuning captures.
+        largest difference of any gap, as a share of what full fine-tuning captures.
     """
     generator = np.random.default_rng(grid.seed)
     ratios, ours, theirs, off = [], [], [], 0.0
@@ -184,6 +183,7 @@ def layer_at_scale(
     batch: int = BATCH,
     num_blocks: Sequence[int] = (16, 32, 64, 128),
     pairs: int = 5,
+    rounds: int = 3,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """One square layer from its tokens to all optima: accumulation and closed forms against their bare linear algebra.
@@ -195,6 +195,7 @@ def layer_at_scale(
         num_blocks: N; for each, DiaBlo, LoRA with a frozen A, and LoRA's tangent at its usual start, with LoRA's best
             at every rank and full fine-tuning.
         pairs: Batches whose bare products are timed beside the accumulation.
+        rounds: Times that all optima and the bare decompositions are timed in turn.
         progress: Called with a short text before each part.
 
     Returns:
@@ -218,15 +219,18 @@ def layer_at_scale(
             ratios.append(_timed(sums.add, X, R)[0] / bare)
         else:
             sums.add(X, R)
-    tell("bare eigh and svdvals")
-    base = _timed(torch.linalg.eigh, sums.gram)[0] + _timed(torch.linalg.svdvals, sums.cross)[0]
-    tell("all optima")
-    ours, rank = _timed(_all_optima, sums, num_blocks, generator)
+    bases, shares, rank = [], [], 0
+    for number in range(rounds):
+        tell(f"bare eigh and svdvals, {number + 1} of {rounds}")
+        bases.append(_timed(torch.linalg.eigh, sums.gram)[0] + _timed(torch.linalg.svdvals, sums.cross)[0])
+        tell(f"all optima, {number + 1} of {rounds}")
+        seconds, rank = _timed(_all_optima, sums, num_blocks, generator)
+        shares.append(seconds / bases[-1])
     setting = f"m1=m2={width} tokens={tokens} N={','.join(map(str, num_blocks))}"
     lines = [
         measure("layer", "accumulation over bare products", ratios, "times", setting, "at most 1.2"),
-        measure("layer", "all optima over eigh + svdvals", [ours / base], "times", setting, "at most 2"),
-        measure("layer", "eigh + svdvals", [base], "s", setting),
+        measure("layer", "all optima over eigh + svdvals", shares, "times", setting, "at most 2"),
+        measure("layer", "eigh + svdvals", bases, "s", setting),
         measure("layer", "rank X", [float(rank)], "directions", setting),
     ]
     if (peak := peak_rss_gib()) is not None:

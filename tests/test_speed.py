@@ -33,7 +33,9 @@ def test_the_map_is_compared_input_by_input():
 
 
 def test_a_layer_is_measured_beside_its_bare_algebra():
-    lines = speed.layer_at_scale(width=64, tokens=512, batch=128, num_blocks=(4, 8), pairs=2).set_index("quantity")
+    lines = speed.layer_at_scale(width=64, tokens=512, batch=128, num_blocks=(4, 8), pairs=2, rounds=2).set_index(
+        "quantity"
+    )
     assert lines.loc["accumulation over bare products", "n"] == 2
     assert lines.loc["rank X", "value"] == 64
     assert (lines["low"] > 0).all()

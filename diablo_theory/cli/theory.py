@@ -135,8 +135,8 @@ def speed(
 ) -> None:
     """Time the closed forms: 10,000 cells against a plain scipy loop, a layer of a 7B model, and how time grows.
 
-    Ratios are of things run in turn in this process; leave the machine alone meanwhile. All three take about six
-    minutes on two cores; the layer takes about 1.5 GiB.
+    Ratios are of things run in turn in this process; leave the machine alone meanwhile. All three take about
+    three minutes on two cores; the layer takes about 1.5 GiB.
 
     Example: `diablo-theory speed layer --width 1024 --tokens 8192`
     """

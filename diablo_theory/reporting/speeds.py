@@ -53,7 +53,7 @@ def readable_speeds(lines: pd.DataFrame) -> pd.DataFrame:
             "Measure": line["quantity"],
             "Median": f"{_number(line['value'])} {line['unit']}".strip(),
             "Range": f"{_number(line['low'])} to {_number(line['high'])}" if line["n"] > 1 else "—",
-            "Aim": line["aim"] or "—",
+            "Aimed for, or expected": line["aim"] or "—",
             "Setting": line["setting"],
         }
         for line in lines.to_dict("records")
@@ -63,8 +63,10 @@ def readable_speeds(lines: pd.DataFrame) -> pd.DataFrame:
 
 def speed_table(lines: pd.DataFrame) -> Table:
     """The measures of one benchmark for the terminal."""
-    table = Table(title=str(lines["benchmark"].iloc[0]), title_justify="left", caption=str(lines["setting"].iloc[0]))
-    words = readable_speeds(lines).drop(columns=["Benchmark", "Setting"]).replace("—", "-")
+    table = Table(title=str(lines["benchmark"].iloc[0]), title_justify="left")
+    words = readable_speeds(lines).drop(columns="Benchmark").replace("—", "-")
+    if words["Setting"].nunique() == 1:
+        table.caption = words.pop("Setting").iloc[0]
     for column in words.columns:
         table.add_column(column, overflow="fold")
     for row in words.itertuples(index=False):
