@@ -150,7 +150,7 @@ def map_against_loop(grid: Grid = LARGE_GRID, sample: int = 5, progress: Progres
         ours.append(quick / len(cells))
         theirs.append(slow / min(sample, len(cells)))
         ratios.append(theirs[-1] / ours[-1])
-    setting = f"{grid.num_cells} cells, b={grid.rows} m1={grid.size} m2={grid.outputs}"
+    setting = f"{grid.num_cells:,} cells, b={grid.rows} m1={grid.size} m2={grid.outputs}"
     lines = [
         measure(
             "map", "time of the plain loop over the map's", [sum(theirs) / sum(ours)], "times", setting, "at least 20"
@@ -226,7 +226,7 @@ def layer_at_scale(
         tell(f"all optima, {number + 1} of {rounds}")
         seconds, rank = _timed(_all_optima, sums, num_blocks, generator)
         shares.append(seconds / bases[-1])
-    setting = f"m1=m2={width} tokens={tokens} N={','.join(map(str, num_blocks))}"
+    setting = f"m1=m2={width} tokens={tokens:,} N={','.join(map(str, num_blocks))}"
     lines = [
         measure("layer", "accumulation over bare products", ratios, "times", setting, "at most 1.2"),
         measure("layer", "all optima over eigh + svdvals", shares, "times", setting, "at most 2"),

@@ -65,7 +65,7 @@ def speed_table(lines: pd.DataFrame) -> Table:
     """The measures of one benchmark for the terminal."""
     table = Table(title=str(lines["benchmark"].iloc[0]), title_justify="left")
     words = readable_speeds(lines).drop(columns="Benchmark").replace("—", "-")
-    if words["Setting"].nunique() == 1:
+    if (words["Setting"] == words["Setting"].iloc[0]).all():
         table.caption = words.pop("Setting").iloc[0]
     for column in words.columns:
         table.add_column(column, overflow="fold")
@@ -75,4 +75,4 @@ def speed_table(lines: pd.DataFrame) -> Table:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")

@@ -1,0 +1,48 @@
+import pandas as pd
+import pytest
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.files import write_json
+from diablo_theory.reporting.speeds import COLUMNS, read_speeds, readable_speeds, speed_table
+
+ROWS = [
+    ("layer", "time", 1.0, 0.5, 2500.0, "times", 3, "m1=4", "at most 2"),
+    ("layer", "rank", 4096.0, 1, 1, "", 1, "m1=4", ""),
+]
+LINES = pd.DataFrame(ROWS, columns=list(COLUMNS))
+
+
+def save(folder, lines=LINES):
+    folder.mkdir(exist_ok=True)
+    lines.to_csv(folder / "layer.csv", index=False)
+    write_json(folder / "layer.json", {"cpu": "a processor", "threads": 2, "torch": "2.0"})
+
+
+def test_measures_come_back_with_where_they_were_made(tmp_path):
+    save(tmp_path)
+    found = read_speeds(tmp_path)
+    assert set(found["where"]) == {"a processor, 2 threads, torch 2.0"}
+    pd.testing.assert_frame_equal(found.drop(columns="where"), LINES)
+
+
+def test_measures_in_words():
+    words = readable_speeds(LINES)
+    assert words["Median"].tolist() == ["1.00 times", "4,096"]
+    assert words["Range"].tolist() == ["0.500 to 2,500", "—"]
+    assert words["Aimed for, or expected"].tolist() == ["at most 2", "—"]
+
+
+def test_a_setting_that_all_lines_share_is_written_once():
+    assert speed_table(LINES).caption == "m1=4"
+    assert len(speed_table(LINES.assign(setting=["m1=4", "m1=8"])).columns) == 5
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ResultsError, match="holds no benchmark; `diablo-theory speed --out"):
+        read_speeds(tmp_path)
+    save(tmp_path, LINES.drop(columns="aim"))
+    with pytest.raises(ResultsError, match=r"layer\.csv has columns \['benchmark'.*, expected"):
+        read_speeds(tmp_path)
+    (tmp_path / "layer.csv").write_text("")
+    with pytest.raises(ResultsError, match=r"layer\.csv cannot be read .*; run `diablo-theory speed layer` again"):
+        read_speeds(tmp_path)
