@@ -56,6 +56,12 @@ def test_rooms_import_only_what_they_may(file):
         assert set(imports(file)) - {room} <= allowed
 
 
+@pytest.mark.parametrize("file", sorted((PACKAGE / "theory").glob("*_checks.py")), ids=lambda file: file.stem)
+def test_checks_stand_on_their_own(file):
+    """What several checks share is in measures.py or below it; only checks.py knows them all."""
+    assert not re.findall(r"from diablo_theory\.theory(?: import .*|\.)\w*_checks", file.read_text())
+
+
 def test_help_is_quick_because_it_loads_no_torch():
     code = "import sys, diablo_theory.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import ConfigError, NonFiniteError, nearest
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
@@ -66,6 +67,17 @@ def seeded(seed: int) -> torch.Generator:
 def gaussian(rows: int, cols: int, generator: torch.Generator) -> Float[Tensor, "rows cols"]:
     """Independent standard normal entries, shape (rows, cols), float64."""
     return torch.randn(rows, cols, generator=generator, dtype=torch.float64)
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """The same numbers in float64 on the CPU."""
+    return matrix.cpu().double()
+
+
+def require_layout(layout: BlockLayout, m1: int, m2: int) -> None:
+    """Raise ValueError unless a layout is of an m1 x m2 matrix."""
+    if (layout.in_features, layout.out_features) != (m1, m2):
+        raise ValueError(f"layout must be of a {m1} x {m2} matrix, got {layout.in_features} x {layout.out_features}")
 
 
 def require_matrix(name: str, value: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from jaxtyping import Float
@@ -11,13 +10,20 @@ from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import optima, oracles, parametrisations
-from diablo_theory.theory.arithmetic import Arithmetic, gaussian
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian, wide
 from diablo_theory.theory.column_space import column_space
-from diablo_theory.theory.convexity_checks import midpoint
-from diablo_theory.theory.expressivity_checks import diablo_excesses, rank_premise
 from diablo_theory.theory.instances import LARGEST_CONDITION, clear_problem
+from diablo_theory.theory.measures import (
+    diablo_excesses,
+    frozen_excesses,
+    linearity,
+    lora_excesses,
+    midpoint_excess,
+    rank_margin,
+    rank_premise,
+)
 from diablo_theory.theory.problems import LinearProblem
-from diablo_theory.theory.reduction import reduce_problem
+from diablo_theory.theory.starts import usual_start
 from diablo_theory.theory.tolerances import tolerance
 from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe
 
@@ -70,25 +76,18 @@ def _lora_verdicts(trial: Trial, problem: LinearProblem, enough: int, dtype: tor
     for role, rho in (("claim", at_budget), ("control", enough)):
         premise = Premise(fits and rho < enough, min(enough - rho, 1 if fits else 0) - 0.5)
         statement = "LoRA at DiaBlo's budget has a positive gap (control: at rank min(r, m2))"
-        verdicts.append(trial.stays_positive(role, statement, premise, _lora_excesses(problem, rho)[1], gap))
+        verdicts.append(trial.stays_positive(role, statement, premise, lora_excesses(problem, rho)[1], gap))
     for role, rho in (("claim", enough), ("control", enough - 1)):
         premise = Premise(rho >= enough, rho - enough + 0.5)
         statement = "LoRA of rank min(r, m2), with r (m1 + m2) parameters, has gap 0 (control: one rank less)"
-        verdicts.append(trial.vanishes(role, statement, premise, _lora_excesses(problem, rho)[1], gap))
+        verdicts.append(trial.vanishes(role, statement, premise, lora_excesses(problem, rho)[1], gap))
     predicted = oracles.relative_tails(problem)[at_budget]
     for role, rho in (("claim", at_budget), ("control", at_budget + 1)):
-        off = max(abs(answer / predicted - 1) for answer in _lora_excesses(problem, rho))
+        off = max(abs(answer / predicted - 1) for answer in lora_excesses(problem, rho))
         premise = Premise(rho == at_budget, 0.5 - abs(rho - at_budget))
         statement = "LoRA's gap is the tail of the singular values of P_X R at its rank (control: another rank)"
         verdicts.append(trial.vanishes(role, statement, premise, off, tolerance("loss", dtype)))
     return verdicts
-
-
-def _lora_excesses(problem: LinearProblem, rho: int) -> tuple[float, float]:
-    """What LoRA loses, twice: the closed form's relative gap, and its minimiser's through a dense product."""
-    optimum = optima.lora_optimum(reduce_problem(problem), rho)
-    fitted = oracles.dense_fit(problem, optimum.update)
-    return float(optimum.relative_gap), oracles.relative_excess(problem, fitted)
 
 
 def frozen_factor(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:
@@ -137,24 +136,31 @@ def frozen_factor(generator: torch.Generator, number: int, arithmetic: Arithmeti
 
 def _generic_factor(problem: LinearProblem, rho: int, generator: torch.Generator, arithmetic: Arithmetic) -> Tensor:
     """The usual A, drawn until XA has as clear a rank as the instances' X."""
+    m1, m2 = problem.W0.shape
     while True:
-        A = arithmetic.place(parametrisations.kaiming_uniform(problem.X.shape[1], rho, generator))
-        if _spectrum(problem, A)[-1] * LARGEST_CONDITION >= 1:
+        A = arithmetic.place(usual_start(m1, m2, rho, generator).A)
+        if _relative_spectrum(problem.X, A)[-1] * LARGEST_CONDITION >= 1:
             return A
 
 
-def _spectrum(problem: LinearProblem, A: Tensor) -> Float[Tensor, " k"]:
+def _relative_spectrum(X: Tensor, A: Tensor) -> Float[Tensor, " k"]:
     """Singular values of XA, relative to ``||X|| ||A||``."""
-    X, A = oracles.wide(problem.X), oracles.wide(A)
+    X, A = wide(X), wide(A)
     scale = torch.linalg.matrix_norm(X, 2) * torch.linalg.matrix_norm(A, 2)
     relative: Tensor = torch.linalg.svdvals(X @ A) / scale
     return relative
 
 
+def _reach_premise(X: Tensor, A: Tensor) -> Premise:
+    """``rank XA = rank X``."""
+    margin = rank_margin(_relative_spectrum(X, A), int(column_space(X).rank), X.dtype)
+    return Premise(margin > 0, margin)
+
+
 def _reach_verdicts(trial: Trial, problem: LinearProblem, A: Tensor) -> list[Verdict]:
     X, blind = problem.X, A.clone()
-    seen = torch.linalg.pinv(oracles.wide(X), rtol=tolerance("rank", X.dtype).value) @ oracles.wide(X)
-    column = oracles.wide(A[:, -1:])
+    seen = torch.linalg.pinv(wide(X), rtol=tolerance("rank", X.dtype).value) @ wide(X)
+    column = wide(A[:, -1:])
     blind[:, -1:] = (column - seen @ column).to(A)
     everything = LinearProblem(X, X.new_zeros(X.shape[1], X.shape[1]), X, BlockLayout(X.shape[1], X.shape[1], 1))
     verdicts = []
@@ -165,26 +171,10 @@ def _reach_verdicts(trial: Trial, problem: LinearProblem, A: Tensor) -> list[Ver
             ("control", blind, "with a column that X does not see"),
         ):
             statement = f"LoRA with a frozen A {what} reaches {target}"
-            lost = max(_frozen_excesses(instance, factor))
-            premise = _reach_premise(instance, factor)
+            lost = max(frozen_excesses(instance, factor))
+            premise = _reach_premise(instance.X, factor)
             verdicts.append(trial.vanishes(role, statement, premise, lost, tolerance("gap", X.dtype)))
     return verdicts
-
-
-def _reach_premise(problem: LinearProblem, A: Tensor) -> Premise:
-    """``rank XA = rank X``."""
-    rank, eps = int(column_space(problem.X).rank), torch.finfo(problem.X.dtype).eps
-    sigma = _spectrum(problem, A)
-    weakest = float(sigma[rank - 1]) if len(sigma) >= rank else 0.0
-    margin = math.log10(max(weakest, eps) / tolerance("rank", problem.X.dtype).value)
-    return Premise(margin > 0, margin)
-
-
-def _frozen_excesses(problem: LinearProblem, A: Tensor) -> tuple[float, float]:
-    """What a frozen A loses, twice: the closed form's relative gap, and its minimiser's, seen through A."""
-    optimum = optima.frozen_lora_optimum(reduce_problem(problem), A)
-    fitted = oracles.dense_fit(problem, oracles.projection(A, optimum.update))
-    return float(optimum.relative_gap), oracles.relative_excess(problem, fitted)
 
 
 def _side_by_side(trial: Trial, problem: LinearProblem, A: Tensor, roles: tuple[str, str, str]) -> list[Verdict]:
@@ -197,8 +187,8 @@ def _side_by_side(trial: Trial, problem: LinearProblem, A: Tensor, roles: tuple[
     verdicts = []
     measured = (
         ("DiaBlo", max(diablo_excesses(problem)), r - rank),
-        ("LoRA with a frozen A", max(_frozen_excesses(problem, A)), r - rank),
-        ("LoRA", min(_lora_excesses(problem, rho)), target_rank - rho - 1),
+        ("LoRA with a frozen A", max(frozen_excesses(problem, A)), r - rank),
+        ("LoRA", min(lora_excesses(problem, rho)), target_rank - rho - 1),
     )
     for role, (name, lost, room_left) in zip(roles, measured, strict=True):
         margin = min(room_left + 0.5, 1.0 if equal else -1.0)
@@ -214,10 +204,19 @@ def _side_by_side(trial: Trial, problem: LinearProblem, A: Tensor, roles: tuple[
 
 def _convex(trial: Trial, given: LinearProblem, A: Tensor, generator: torch.Generator) -> list[Verdict]:
     problem, dtype = oracles.widened(given), given.X.dtype
-    frozen = parametrisations.frozen_lora(problem, oracles.wide(A))
-    both = parametrisations.lora(problem, oracles.wide(A[:, :1]))
-    ends, best = gaussian(2, frozen.size, generator), oracles.wide(parametrisations.best_factors(given, 1))
+    frozen = parametrisations.frozen_lora(problem, wide(A))
+    both = parametrisations.lora(
+        problem, usual_start(given.layout.in_features, given.layout.out_features, 1, generator)
+    )
+    ends, best = gaussian(2, frozen.size, generator), wide(parametrisations.best_factors(given, 1))
+    statement = "LoRA with a frozen A has no midpoint above the mean of its ends (control: both factors trained)"
     return [
-        midpoint(trial, "claim", frozen, ends[0], ends[1], dtype),
-        midpoint(trial, "control", both, best, -best, dtype),
+        trial.vanishes(
+            role,
+            statement,
+            linearity(method, a, b, dtype),
+            midpoint_excess(method, a, b),
+            tolerance("convexity", dtype),
+        )
+        for role, method, a, b in (("claim", frozen, ends[0], ends[1]), ("control", both, best, -best))
     ]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import parametrisations, problems
-from diablo_theory.theory.arithmetic import Arithmetic, gaussian
+from diablo_theory.theory import parametrisations, problems, starts
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian, wide
 from diablo_theory.theory.curvature import derivatives
-from diablo_theory.theory.oracles import wide, widened
+from diablo_theory.theory.measures import linearity, midpoint_excess
+from diablo_theory.theory.oracles import widened
 from diablo_theory.theory.parametrisations import Parametrisation
 from diablo_theory.theory.tolerances import tolerance
-from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe, room
+from diablo_theory.theory.verdicts import Trial, Verdict, describe
 
 _SIZES = ((30, 12, 9, 3, 3), (30, 13, 8, 3, 4), (20, 8, 11, 4, 6), (20, 6, 5, 1, 4))
 
@@ -45,12 +45,12 @@ def convexity(generator: torch.Generator, number: int, arithmetic: Arithmetic) -
     problem, dtype = widened(given), arithmetic.dtype
     trial = Trial("L1", number, describe(b, m1, m2, n, rank))
     diablo = parametrisations.diablo(problem)
-    lora = parametrisations.lora(problem, parametrisations.kaiming_uniform(m1, 1, generator))
+    lora = parametrisations.lora(problem, starts.usual_start(m1, m2, 1, generator))
     ends = gaussian(2, diablo.size, generator)
     optimum = wide(parametrisations.best_factors(given, 1))
     return [
-        midpoint(trial, "claim", diablo, ends[0], ends[1], dtype),
-        midpoint(trial, "control", lora, optimum, -optimum, dtype),
+        _midpoint(trial, "claim", diablo, ends[0], ends[1], dtype),
+        _midpoint(trial, "control", lora, optimum, -optimum, dtype),
         _curvature(trial, "claim", diablo, ends[0], dtype, block_of_parameter(problem.layout)),
         _curvature(trial, "control", lora, optimum, dtype),
     ]
@@ -61,31 +61,10 @@ def block_of_parameter(layout: BlockLayout) -> Tensor:
     return torch.arange(layout.num_parameters) // (layout.block_rows * layout.block_cols)
 
 
-def midpoint(
-    trial: Trial,
-    role: str,
-    method: Parametrisation,
-    a: Float[Tensor, " p"],
-    b: Float[Tensor, " p"],
-    dtype: torch.dtype,
-) -> Verdict:
-    """The verdict on one segment; L1's first statement."""
-    mean = 0.5 * float(method.loss(a) + method.loss(b))
-    excess = float(method.loss((a + b) / 2)) / mean - 1
+def _midpoint(trial: Trial, role: str, method: Parametrisation, a: Tensor, b: Tensor, dtype: torch.dtype) -> Verdict:
     statement = "no midpoint above the mean of its ends (control: LoRA between two equal optima)"
-    return trial.vanishes(role, statement, _linearity(method, a, b, dtype), excess, tolerance("convexity", dtype))
-
-
-def _linearity(method: Parametrisation, a: Tensor, b: Tensor, dtype: torch.dtype) -> Premise:
-    """Premise: output((a - b)/2) = (output(a) - output(b))/2, and the same for (a + b)/2."""
-    out_a, out_b = method.output(a), method.output(b)
-    defect = max(
-        float(torch.linalg.matrix_norm(method.output((a + sign * b) / 2) - (out_a + sign * out_b) / 2))
-        for sign in (1, -1)
-    )
-    scale = float(torch.linalg.matrix_norm(out_a) + torch.linalg.matrix_norm(out_b))
-    margin = room(defect / scale, tolerance("linearity", dtype).value)
-    return Premise(margin >= 0, margin)
+    excess = midpoint_excess(method, a, b)
+    return trial.vanishes(role, statement, linearity(method, a, b, dtype), excess, tolerance("convexity", dtype))
 
 
 def _curvature(
@@ -99,5 +78,5 @@ def _curvature(
     else:
         bad = max(bad, float((hessian * (blocks[:, None] != blocks[None, :])).abs().max()))
     statement = "positive semidefinite and blockwise Hessian at zero (control: LoRA's strict saddle at A = B = 0)"
-    premise = _linearity(method, point, -0.5 * point, dtype)
+    premise = linearity(method, point, -0.5 * point, dtype)
     return trial.vanishes(role, statement, premise, bad / float(eigenvalues[-1]), tolerance("curvature", dtype))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import optima, oracles
-from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory import optima
+from diablo_theory.theory.arithmetic import Arithmetic, wide
 from diablo_theory.theory.column_space import column_space, written_groups
-from diablo_theory.theory.expressivity_checks import diablo_excesses
 from diablo_theory.theory.instances import clear_problem
+from diablo_theory.theory.measures import diablo_excesses, lora_excesses
 from diablo_theory.theory.problems import LinearProblem
-from diablo_theory.theory.reduction import reduce_problem
 from diablo_theory.theory.tolerances import tolerance
 from diablo_theory.theory.verdicts import Premise, Trial, Verdict, describe, room
 
@@ -64,18 +63,16 @@ def crossover(generator: torch.Generator, number: int, arithmetic: Arithmetic) -
 
 
 def _lora_verdict(trial: Trial, role: str, problem: LinearProblem) -> Verdict:
-    sigma, dtype = torch.linalg.svdvals(oracles.wide(_truth(problem))), problem.X.dtype
+    sigma, dtype = torch.linalg.svdvals(wide(_truth(problem))), problem.X.dtype
     rho = optima.lora_rank_at_budget(problem.layout)
     margin = room(float(sigma[rho] / sigma[0]), tolerance("rank", dtype).value)
-    optimum = optima.lora_optimum(reduce_problem(problem), rho)
-    evaluated = oracles.relative_excess(problem, oracles.dense_fit(problem, optimum.update))
-    lost = max(float(optimum.relative_gap), evaluated)
+    lost = max(lora_excesses(problem, rho))
     statement = "LoRA loses nothing on an update of its own rank (control: a block-aligned one)"
     return trial.vanishes(role, statement, Premise(margin > 0, margin), lost, tolerance("gap", dtype))
 
 
 def _diablo_verdict(trial: Trial, role: str, problem: LinearProblem) -> Verdict:
-    layout, truth, gap = problem.layout, oracles.wide(_truth(problem)), tolerance("gap", problem.X.dtype)
+    layout, truth, gap = problem.layout, wide(_truth(problem)), tolerance("gap", problem.X.dtype)
     outside = truth - layout.scatter(*layout.gather(truth))
     share = float(outside.square().sum() / truth.square().sum())
     margin = min(int(column_space(problem.X).rank) - layout.in_features + 0.5, -room(share, gap.value))

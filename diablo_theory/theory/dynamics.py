@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.errors import ConfigError, nearest
+from diablo_theory.theory.arithmetic import wide
 from diablo_theory.theory.column_space import times_power
-from diablo_theory.theory.oracles import wide
 from diablo_theory.theory.parametrisations import Parametrisation
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.reduction import reduce_problem

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory import optima, oracles
-from diablo_theory.theory.arithmetic import Arithmetic
+from diablo_theory.theory.arithmetic import Arithmetic, wide
 from diablo_theory.theory.column_space import column_space, written_groups
 from diablo_theory.theory.instances import clear_problem
+from diablo_theory.theory.measures import rank_margin
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.reduction import reduce_problem
 from diablo_theory.theory.tolerances import tolerance
@@ -121,12 +122,12 @@ def _surprise(sample: LinearProblem, freedom: int) -> float:
 
 
 def _premise(sample: LinearProblem) -> Premise:
-    eps, largest = torch.finfo(sample.X.dtype).eps, float(torch.linalg.matrix_norm(oracles.wide(sample.X), 2))
+    largest = float(torch.linalg.matrix_norm(wide(sample.X), 2))
     rank, margins = int(column_space(sample.X).rank), []
     for i in written_groups(sample.layout):
-        X, R = oracles.wide(sample.X[:, sample.layout.rows(i)]), oracles.wide(_side_by_side(sample, sample.R, i))
+        X, R = wide(sample.X[:, sample.layout.rows(i)]), wide(_side_by_side(sample, sample.R, i))
         sigma = torch.linalg.svdvals(X)[:rank] / largest
-        margins.append(math.log10(max(float(sigma[-1]), eps) / tolerance("rank", sample.X.dtype).value))
+        margins.append(rank_margin(sigma, len(sigma), sample.X.dtype))
         outside = float((R - oracles.projection(X, R)).square().sum() / R.square().sum())
         margins.append(outside / (1 - len(sigma) / len(X)) - 0.5)
     return Premise(min(margins) > 0, min(margins))

@@ -7,10 +7,11 @@ import dataclasses
 import torch
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import optima, oracles, stationarity
+from diablo_theory.theory import optima, oracles
 from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.column_space import column_space
 from diablo_theory.theory.instances import clear_problem
+from diablo_theory.theory.measures import diablo_excesses, rank_premise
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.reduction import reduce_problem
 from diablo_theory.theory.tolerances import tolerance
@@ -30,19 +31,6 @@ _SUFFICIENT = (
 )
 # rank d1 + 1; far above; the ragged tail alone too thin; N = m1 with rank 2; m2 < N
 _INSUFFICIENT = ((48, 24, 18, 4, 7), (48, 24, 18, 4, 20), (40, 23, 19, 4, 6), (30, 12, 10, 12, 2), (30, 20, 3, 5, 6))
-
-
-def diablo_excesses(problem: LinearProblem) -> tuple[float, float]:
-    """What DiaBlo loses, twice: the closed form's relative gap, and its minimiser's through the block product."""
-    optimum = optima.diablo_optimum(reduce_problem(problem), problem.layout)
-    fitted = oracles.block_fit(problem, optimum.update)
-    return float(optimum.relative_gap), oracles.relative_excess(problem, fitted)
-
-
-def rank_premise(problem: LinearProblem) -> Premise:
-    """The premise of L2, ``rank X_i = rank X`` for every i, with its margin in decades."""
-    premise = stationarity.rank_premise(problem.X, problem.layout)
-    return Premise(premise.holds, premise.margin)
 
 
 def sufficiency(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> list[Verdict]:

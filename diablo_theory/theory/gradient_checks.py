@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import gradients, network_instances, networks
+from diablo_theory.theory import gradients, network_instances, networks, starts
 from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.gradients import Factors
 from diablo_theory.theory.networks import NetworkProblem, Update, flat
@@ -128,44 +128,12 @@ def start(generator: torch.Generator, number: int, arithmetic: Arithmetic) -> li
     return [*verdicts, _nonzero(Trial("G2", number, problem.description), "control", problem)]
 
 
-def kaiming_factors(weight: Tensor, rank: int, generator: torch.Generator) -> Factors:
-    """LoRA's usual start: A uniform within ``+-1/sqrt(m1)`` and B = 0.
-
-    That is Kaiming's uniform with slope sqrt(5), whose bound is ``sqrt(6 / ((1 + 5) m1))``.
-
-    Args:
-        weight: The layer's weight, shape (m1, m2).
-        rank: rho.
-        generator: Where A comes from.
-
-    Returns:
-        A, shape (m1, rho), and B, shape (rho, m2), of the weight's dtype.
-    """
-    m1, m2 = weight.shape
-    A = (2 * torch.rand(m1, rank, generator=generator, dtype=torch.float64) - 1) / m1**0.5
-    return A.to(weight), weight.new_zeros(rank, m2)
-
-
-def principal_factors(weight: Tensor, rank: int) -> Factors:
-    """PiSSA's start: A and B with ``s A B`` the best approximation of the weight of this rank, s the scaling in use.
-
-    Args:
-        weight: The layer's weight, shape (m1, m2).
-        rank: rho, at most min(m1, m2).
-
-    Returns:
-        A, shape (m1, rho), and B, shape (rho, m2), of the weight's dtype.
-    """
-    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
-    root = (sigma[:rank] / _LORA_SCALE).sqrt()
-    return U[:, :rank] * root, root[:, None] * Vh[:rank]
-
-
 def _lora_verdicts(trial: Trial, problem: NetworkProblem, generator: torch.Generator) -> list[Verdict]:
     adapted = problem.weights[: len(problem.layouts)]
     full = gradients.dense_gradients(problem, problem.zero_updates())
-    usual = [kaiming_factors(weight, _LORA_RANK, generator) for weight in adapted]
-    principal = [principal_factors(weight, _LORA_RANK) for weight in adapted]
+    drawn = [starts.usual_start(len(weight), weight.shape[1], _LORA_RANK, generator) for weight in adapted]
+    usual = [(start.A.to(weight), start.B.to(weight)) for start, weight in zip(drawn, adapted, strict=True)]
+    principal = [_principal_factors(weight) for weight in adapted]
     residual = [W - _LORA_SCALE * A @ B for W, (A, B) in zip(adapted, principal, strict=True)]
     without = dataclasses.replace(problem, weights=(*residual, *problem.weights[len(adapted) :]))
     bound = tolerance("gradient", problem.inputs.dtype)
@@ -183,6 +151,12 @@ def _lora_verdicts(trial: Trial, problem: NetworkProblem, generator: torch.Gener
             )
         ),
     ]
+
+
+def _principal_factors(weight: Tensor) -> Factors:
+    """PiSSA's A and B in the weight's precision, with ``s A B`` its best approximation."""
+    start = starts.pissa_start(weight, _LORA_RANK)
+    return (start.A / _LORA_SCALE**0.5).to(weight), (start.B / _LORA_SCALE**0.5).to(weight)
 
 
 def _same(problem: NetworkProblem, factors: list[Factors], weights: tuple[Tensor, ...]) -> Premise:

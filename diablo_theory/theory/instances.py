@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory.arithmetic import FLOAT64, Arithmetic
+from diablo_theory.theory.arithmetic import FLOAT64, Arithmetic, wide
 from diablo_theory.theory.column_space import written_groups
-from diablo_theory.theory.oracles import wide
 from diablo_theory.theory.problems import LinearProblem, linear_problem
 
 LARGEST_CONDITION = 2.0**8

@@ -23,6 +23,7 @@ from diablo_theory.theory.arithmetic import gaussian, require_integer, seeded
 from diablo_theory.theory.column_space import ColumnSpace, column_space, written_groups
 from diablo_theory.theory.problems import TARGETS, LinearProblem, low_rank_inputs, update_of_kind
 from diablo_theory.theory.reduction import ReducedProblem
+from diablo_theory.theory.starts import usual_start
 
 Cell = dict[str, Any]
 """One flat record: see :func:`map_cells`."""
@@ -194,7 +195,7 @@ def _input(grid: Grid) -> Tensor:
 
 def _frozen_factor(layout: BlockLayout, where: str) -> Tensor:
     generator = _draws(f"{where}/{layout.num_blocks}/A")
-    return gaussian(layout.in_features, optima.frozen_rank_at_budget(layout), generator)
+    return usual_start(layout.in_features, layout.out_features, optima.frozen_rank_at_budget(layout), generator).A
 
 
 def _truth_and_noise(grid: Grid, layout: BlockLayout, rank: int, where: str) -> tuple[Tensor | None, Tensor]:

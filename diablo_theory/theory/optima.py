@@ -13,7 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory.arithmetic import require_broadcast, require_device, require_integer, require_matrix
+from diablo_theory.theory.arithmetic import (
+    require_broadcast,
+    require_device,
+    require_integer,
+    require_layout,
+    require_matrix,
+)
 from diablo_theory.theory.column_space import (
     ColumnSpace,
     TruncatedSVD,
@@ -274,12 +280,6 @@ def frozen_rank_at_budget(layout: BlockLayout) -> int:
     Source: theory.md, L6; where N divides both sizes it is d1.
     """
     return layout.num_parameters // layout.out_features
-
-
-def require_layout(layout: BlockLayout, m1: int, m2: int) -> None:
-    """Raise ValueError unless a layout is of an m1 x m2 matrix."""
-    if (layout.in_features, layout.out_features) != (m1, m2):
-        raise ValueError(f"layout must be of a {m1} x {m2} matrix, got {layout.in_features} x {layout.out_features}")
 
 
 def worst_case_target(

@@ -10,14 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diablo_theory import ops
+from diablo_theory.theory.arithmetic import wide
 from diablo_theory.theory.column_space import written_groups
 from diablo_theory.theory.problems import LinearProblem
 from diablo_theory.theory.tolerances import tolerance
-
-
-def wide(matrix: Tensor) -> Tensor:
-    """The same numbers in float64 on the CPU."""
-    return matrix.cpu().double()
 
 
 def widened(problem: LinearProblem) -> LinearProblem:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory.arithmetic import require_like
+from diablo_theory.theory.arithmetic import require_layout, require_like
 from diablo_theory.theory.column_space import (
     ColumnSpace,
     column_space,
@@ -19,7 +19,6 @@ from diablo_theory.theory.column_space import (
     unit_scale,
     written_groups,
 )
-from diablo_theory.theory.optima import require_layout
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diablo_theory.theory import descent, gradients, network_instances, stationarity, stationary_points
+from diablo_theory.theory import descent, gradients, network_instances, stationary_points
 from diablo_theory.theory.arithmetic import Arithmetic
-from diablo_theory.theory.certificate_checks import bound_excess
 from diablo_theory.theory.gradients import LayerGradients
+from diablo_theory.theory.measures import bound_excess, rank_premise_of_layers
 from diablo_theory.theory.networks import NetworkProblem, Update
 from diablo_theory.theory.tolerances import tolerance
-from diablo_theory.theory.verdicts import Premise, Trial, Verdict
+from diablo_theory.theory.verdicts import Trial, Verdict
 
 # few distinct samples, repeated with other targets: every activation, attention, ragged widths
 _FEW_SAMPLES = (
@@ -138,8 +138,7 @@ def _settled(problem: NetworkProblem, updates: list[Update], reference: list[Ten
 def _verdicts(trial: Trial, role: str, control: str, layers: list[_Settled]) -> list[Verdict]:
     """The bound and the conclusion, each by its worst layer."""
     dtype = layers[0].layer.dense.dtype
-    ranks = [stationarity.rank_premise(item.layer.X, item.layer.layout) for item in layers]
-    premise = Premise(all(rank.holds for rank in ranks), min(rank.margin for rank in ranks))
+    premise = rank_premise_of_layers([item.layer for item in layers])
     excess = max(bound_excess(item.layer, leak=False) for item in layers)
     fell = max(float(item.layer.dense.norm()) / item.reference for item in layers)
     bound = f"grad W within amplification times grad D, no leak (control: {control})"

@@ -86,6 +86,13 @@ _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
             "eps of that; absolute, on a ratio of two.",
         ),
     },
+    "limit": {
+        torch.float64: Tolerance(
+            2e-10,
+            "2 * 1e-10: descent goes on until its rate leaves 1e-10 of the first distance, and rounding, with "
+            "lambda_max / lambda_min <= 88 for 2,000 steps to be enough, is far below that; relative to the limit.",
+        ),
+    },
     "nearby contraction": {
         torch.float64: Tolerance(
             2.0**-13,

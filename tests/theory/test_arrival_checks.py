@@ -45,28 +45,26 @@ def test_an_optimiser_that_stops_short_is_noticed(monkeypatch, failing):
 
 def test_a_principal_start_that_keeps_the_whole_weight_is_noticed(monkeypatch, failing):
     """Without taking A_0 B_0 out of W0 the set is LoRA's own."""
-    original = parametrisations.principal_lora
+    original = parametrisations.lora
 
-    def plain(problem, rank):
-        method = original(problem, rank)
-        m1 = problem.W0.shape[0]
-        A, B = method.start[: m1 * rank].reshape(m1, rank), method.start[m1 * rank :].reshape(rank, -1)
-        return parametrisations.lora(problem, A, B, "principal")
+    def plain(problem, start):
+        method, offset = original(problem, start), problem.X @ start.A @ start.B
+        return dataclasses.replace(method, output=lambda theta: method.output(theta) + offset)
 
-    monkeypatch.setattr(parametrisations, "principal_lora", plain)
+    monkeypatch.setattr(parametrisations, "lora", plain)
     failed = failing("D2", trials=1)
     assert set(failed.role) == {"claim", "control"}
     assert failed.statement.str.contains("PiSSA").all()
 
 
 def test_a_saddle_that_is_left_is_noticed(monkeypatch, failing):
-    original = parametrisations.lora
+    original = dynamics.descend
 
-    def nudged(problem, A, B=None, begin="kaiming"):
-        method = original(problem, A, B, begin)
-        return dataclasses.replace(method, start=method.start + 1e-3) if begin == "saddle" else method
+    def nudged(method, *args, start=None, **kwargs):
+        start = method.start if start is None else start
+        return original(method, *args, start=start if start.any() else start + 1e-3, **kwargs)
 
-    monkeypatch.setattr(parametrisations, "lora", nudged)
+    monkeypatch.setattr(dynamics, "descend", nudged)
     failed = failing("D2", trials=1)
     assert failed.statement.str.contains("saddle|never moves", regex=True).all()
     assert set(failed.role) == {"claim", "control"}

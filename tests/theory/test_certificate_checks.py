@@ -5,8 +5,8 @@ import torch
 
 from diablo_theory.theory import certificate_checks, gradients, stationarity, stationary_points
 from diablo_theory.theory.arithmetic import Arithmetic, seeded
-from diablo_theory.theory.certificate_checks import bound_excess
 from diablo_theory.theory.checks import run_checks
+from diablo_theory.theory.measures import bound_excess
 from diablo_theory.theory.network_instances import mlp_problem
 from diablo_theory.theory.networks import Truth
 

@@ -21,10 +21,10 @@ def test_a_convex_lora_is_noticed(monkeypatch, failing):
     """Freeze A: LoRA's controls must then fail, since both the midpoint and the saddle are gone."""
     original = parametrisations.lora
 
-    def frozen(problem, A, **_):
-        method = original(problem, A)
-        ones = torch.ones(A.numel(), dtype=torch.float64)
-        return dataclasses.replace(method, output=lambda theta: method.output(torch.cat([ones, theta[A.numel() :]])))
+    def frozen(problem, start):
+        method, size = original(problem, start), start.A.numel()
+        ones = torch.ones(size, dtype=torch.float64)
+        return dataclasses.replace(method, output=lambda theta: method.output(torch.cat([ones, theta[size:]])))
 
     monkeypatch.setattr(parametrisations, "lora", frozen)
     assert len(failing("L1", "control", trials=3)) == 6

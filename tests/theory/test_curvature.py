@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.theory import curvature, parametrisations
+from diablo_theory.theory import curvature, parametrisations, starts
 from diablo_theory.theory.arithmetic import seeded
 from diablo_theory.theory.problems import LinearProblem, linear_problem, low_rank_inputs
 
@@ -31,7 +31,7 @@ def assert_spectrum(found, hessian_eigenvalues):
 
 @given(linear_problems())
 def test_closed_forms_are_the_hessians_eigenvalues(problem):
-    A = parametrisations.kaiming_uniform(problem.X.shape[1], 2, seeded(3))
+    A = starts.usual_start(*problem.W0.shape, 2, seeded(3)).A
     assert_spectrum(curvature.diablo_curvatures(problem), eigenvalues(parametrisations.diablo(problem)))
     assert_spectrum(curvature.frozen_curvatures(problem, A), eigenvalues(parametrisations.frozen_lora(problem, A)))
     one_block = LinearProblem(problem.X, problem.W0, problem.T, BlockLayout(*problem.W0.shape, 1))
@@ -48,8 +48,8 @@ def test_derivatives_equal_the_closed_forms():
     torch.testing.assert_close(hessian, torch.block_diag(*squares), rtol=1e-12, atol=1e-12)
     expected = -torch.cat([(X[:, :3].T @ R[:, :2]).flatten(), (X[:, 3:].T @ R[:, 2:]).flatten()])
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
-    lora = parametrisations.lora(problem, torch.zeros(6, 1).double())
-    gradient, hessian = curvature.derivatives(lora, lora.start)
+    lora = parametrisations.lora(problem, starts.usual_start(6, 4, 1, seeded(1)))
+    gradient, hessian = curvature.derivatives(lora, 0 * lora.start)
     assert not gradient.any()
     largest = float(torch.linalg.matrix_norm(X.T @ R, 2))
     assert float(torch.linalg.eigvalsh(hessian)[0]) == pytest.approx(-largest, rel=1e-12)
@@ -63,7 +63,7 @@ def test_loras_curvature_at_its_minimum_is_that_of_matrix_factorisation():
     U, V = (torch.linalg.qr(low_rank_inputs(n, n, n, seeded(n)))[0] for n in (m1, m2))
     truth = U[:, :3] @ torch.diag(torch.tensor(s).double()) @ V.T
     problem = LinearProblem(X, torch.zeros(m1, m2).double(), X @ truth, BlockLayout(m1, m2, 1))
-    method = parametrisations.lora(problem, U[:, :1])
+    method = parametrisations.lora(problem, starts.usual_start(m1, m2, 1, seeded(1)))
     minimum = parametrisations.best_factors(problem, 1)
     expected = [2 * s[0], s[0] + s[1], s[0] + s[2], s[0], s[0] - s[2], s[0] - s[1]]
     found = curvature.lora_curvatures(method, minimum, 1 * (m1 + m2 - 1))

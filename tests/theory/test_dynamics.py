@@ -8,7 +8,7 @@ import torch
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import ConfigError
-from diablo_theory.theory import curvature, dynamics, optima, parametrisations
+from diablo_theory.theory import curvature, dynamics, optima, parametrisations, starts
 from diablo_theory.theory.arithmetic import Arithmetic, gaussian, seeded
 from diablo_theory.theory.problems import linear_problem
 from diablo_theory.theory.reduction import reduce_problem
@@ -19,12 +19,12 @@ PROBLEM = linear_problem(LAYOUT, 12, 3, seeded(0))
 
 
 def methods(problem=PROBLEM, rank=2):
-    A = parametrisations.kaiming_uniform(problem.X.shape[1], rank, seeded(1))
+    usual = starts.usual_start(*problem.W0.shape, rank, seeded(1))
     return [
         parametrisations.diablo(problem),
-        parametrisations.lora(problem, A),
-        parametrisations.principal_lora(problem, rank),
-        parametrisations.frozen_lora(problem, A),
+        parametrisations.lora(problem, usual),
+        parametrisations.lora(problem, starts.pissa_start(problem.W0, rank)),
+        parametrisations.frozen_lora(problem, usual.A),
     ]
 
 
@@ -98,8 +98,8 @@ def test_trajectories_are_one_tidy_table():
     runs = table.groupby(["method", "start", "step"], sort=False)
     assert [key[:2] for key in list(runs.groups)[::2]] == [
         ("diablo", "zero"),
-        ("lora", "kaiming"),
-        ("lora", "principal"),
+        ("lora", "usual"),
+        ("lora", "pissa"),
         ("lora-frozen-a", "zero"),
     ]
     assert table.groupby("method", sort=False).parameters.first().to_dict() == {

@@ -1,12 +1,11 @@
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
 
 from diablo_theory import ops
-from diablo_theory.theory import gradient_checks, gradients, network_instances, networks
-from diablo_theory.theory.arithmetic import Arithmetic, gaussian, seeded
+from diablo_theory.theory import gradient_checks, gradients, network_instances, networks, starts
+from diablo_theory.theory.arithmetic import Arithmetic, gaussian
 from diablo_theory.theory.checks import run_checks
 
 
@@ -51,11 +50,10 @@ def test_a_control_at_the_blocks_own_place_is_noticed(monkeypatch, failing):
 
 
 def test_a_lora_that_starts_elsewhere_is_noticed(monkeypatch, failing):
-    def both_random(weight, rank, generator):
-        m1, m2 = weight.shape
-        return gaussian(m1, rank, generator), gaussian(rank, m2, generator)
+    def both_random(m1, m2, rank, generator):
+        return starts.Start("random", gaussian(m1, rank, generator), gaussian(rank, m2, generator))
 
-    monkeypatch.setattr(gradient_checks, "kaiming_factors", both_random)
+    monkeypatch.setattr(starts, "usual_start", both_random)
     failed = failing("G2", "claim")
     assert set(failed.statement.str.extract(r"(grad [AB])")[0]) == {"grad A", "grad B"}
     assert not failed.premise_holds.any()
@@ -70,12 +68,13 @@ def test_a_lora_without_its_scaling_is_noticed(monkeypatch, failing):
 
 
 def test_a_pissa_that_starts_at_zero_is_noticed(monkeypatch, failing):
-    original = gradient_checks.principal_factors
-    monkeypatch.setattr(
-        gradient_checks,
-        "principal_factors",
-        lambda weight, rank: (original(weight, rank)[0], 0 * original(weight, rank)[1]),
-    )
+    original = starts.pissa_start
+
+    def without_b(weight, rank):
+        start = original(weight, rank)
+        return dataclasses.replace(start, B=0 * start.B)
+
+    monkeypatch.setattr(starts, "pissa_start", without_b)
     failed = failing("G2", "control")
     assert set(failed.statement.str.extract(r"(grad [AB])")[0]) == {"grad A", "grad B"}
 
@@ -100,24 +99,3 @@ def test_a_control_with_matched_groups_is_noticed(monkeypatch, failing):
     monkeypatch.setattr(gradient_checks, "_unmatched", matched)
     (statement,) = failing("G2", "control").statement
     assert "is not zero" in statement
-
-
-def test_lora_s_usual_start_is_kaiming_s():
-    weight = torch.zeros(4000, 3, dtype=torch.float64)
-    A, B = gradient_checks.kaiming_factors(weight, 2, seeded(0))
-    theirs = torch.nn.init.kaiming_uniform_(torch.empty(2, 4000).double(), a=5**0.5, generator=seeded(1))
-    assert (A.shape, B.shape) == ((4000, 2), (2, 3))
-    assert not B.any()
-    assert float(A.abs().max()) == pytest.approx(float(theirs.abs().max()), rel=1e-2)
-    assert float(A.std()) == pytest.approx(float(theirs.std()), rel=5e-2)
-
-
-def test_principal_factors_are_the_best_approximation():
-    weight = gaussian(7, 5, seeded(0))
-    distances = []
-    for rank in range(1, 6):
-        A, B = gradient_checks.principal_factors(weight, rank)
-        distances.append(float(torch.linalg.matrix_norm(weight - 2.0 * A @ B) ** 2))
-    tails = [float((torch.linalg.svdvals(weight)[rank:] ** 2).sum()) for rank in range(1, 6)]
-    assert distances == pytest.approx(tails, abs=1e-12)
-    assert all(later < earlier for earlier, later in pairwise(distances))

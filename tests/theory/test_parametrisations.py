@@ -5,18 +5,19 @@ from hypothesis import strategies as st
 
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.theory import optima, parametrisations
+from diablo_theory.theory import optima, parametrisations, starts
 from diablo_theory.theory.arithmetic import Arithmetic, gaussian, seeded
 from diablo_theory.theory.problems import linear_problem
 from diablo_theory.theory.reduction import reduce_problem
 
 LAYOUT = BlockLayout(7, 5, 3)
 PROBLEM = linear_problem(LAYOUT, 9, 4, seeded(0))
-A = parametrisations.kaiming_uniform(7, 2, seeded(1))
+USUAL = starts.usual_start(7, 5, 2, seeded(1))
+A = USUAL.A
 METHODS = {
     "diablo": parametrisations.diablo(PROBLEM),
-    "lora": parametrisations.lora(PROBLEM, A),
-    "principal": parametrisations.principal_lora(PROBLEM, 2),
+    "lora": parametrisations.lora(PROBLEM, USUAL),
+    "pissa": parametrisations.lora(PROBLEM, starts.pissa_start(PROBLEM.W0, 2)),
     "frozen": parametrisations.frozen_lora(PROBLEM, A),
 }
 
@@ -31,10 +32,10 @@ def test_every_method_starts_at_the_frozen_weight():
 def test_parameters_are_counted_as_the_optima_count_them():
     reduced = reduce_problem(PROBLEM)
     assert METHODS["diablo"].size == optima.diablo_optimum(reduced, LAYOUT).num_parameters
-    assert METHODS["lora"].size == METHODS["principal"].size == optima.lora_optimum(reduced, 2).num_parameters
+    assert METHODS["lora"].size == METHODS["pissa"].size == optima.lora_optimum(reduced, 2).num_parameters
     assert METHODS["frozen"].size == optima.frozen_lora_optimum(reduced, A).num_parameters
     assert [m.method for m in METHODS.values()] == ["diablo", "lora", "lora", "lora-frozen-a"]
-    assert [m.begin for m in METHODS.values()] == ["zero", "kaiming", "principal", "zero"]
+    assert [m.begin for m in METHODS.values()] == ["zero", "usual", "pissa", "zero"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -50,7 +51,7 @@ def dense_update(name, theta):
     if name == "frozen":
         return A @ theta.reshape(2, 5)
     product = theta[:14].reshape(7, 2) @ theta[14:].reshape(2, 5)
-    if name == "principal":
+    if name == "pissa":
         U, sigma, Vh = torch.linalg.svd(PROBLEM.W0)
         product = product - (U[:, :2] * sigma[:2]) @ Vh[:2]
     return product
@@ -77,42 +78,24 @@ def test_the_first_gradients_are_the_closed_forms():
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_principal_start_is_the_best_approximation_of_the_weight():
-    theta = METHODS["principal"].start
-    left, right = theta[:14].reshape(7, 2), theta[14:].reshape(2, 5)
-    rest = PROBLEM.W0 - left @ right
-    sigma = torch.linalg.svdvals(PROBLEM.W0)
-    assert float(rest.norm()) == pytest.approx(float(sigma[2:].norm()), rel=1e-12)
-    torch.testing.assert_close(left.T @ left, right @ right.T, rtol=1e-12, atol=1e-12)
-
-
 def test_best_factors_attain_the_minimum():
     theta = parametrisations.best_factors(PROBLEM, 2)
     minimum = optima.lora_optimum(reduce_problem(PROBLEM), 2).minimum
     assert float(METHODS["lora"].loss(theta)) == pytest.approx(float(minimum), rel=1e-12)
 
 
-def test_the_usual_factor_has_kaimings_bound_and_variance():
-    drawn = parametrisations.kaiming_uniform(400, 50, seeded(0))
-    assert float(drawn.abs().max()) <= 1 / 20
-    assert float(drawn.var()) == pytest.approx(1 / (3 * 400), rel=0.03)
-
-
 def test_float32_problems_are_trained_in_float64():
     problem = linear_problem(LAYOUT, 9, 4, seeded(0), arithmetic=Arithmetic(torch.float32))
-    for method in (parametrisations.diablo(problem), parametrisations.lora(problem, A)):
+    for method in (parametrisations.diablo(problem), parametrisations.lora(problem, USUAL)):
         assert method.loss(method.start).dtype == torch.float64
 
 
 def test_factors_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"A must have shape \(7, 2\), got \(6, 2\)"):
-        parametrisations.lora(PROBLEM, torch.zeros(6, 2).double())
+        parametrisations.lora(PROBLEM, starts.Start("other", A[:6], USUAL.B))
     with pytest.raises(ValueError, match=r"B must have shape \(2, 5\), got \(2, 4\)"):
-        parametrisations.lora(PROBLEM, A, torch.zeros(2, 4).double())
+        parametrisations.lora(PROBLEM, starts.Start("other", A, USUAL.B[:, :4]))
     with pytest.raises(ValueError, match=r"A must have the dtype of the inputs, torch.float64, got torch.float32"):
         parametrisations.frozen_lora(PROBLEM, A.float())
     with pytest.raises(NonFiniteError, match="A holds a NaN or an infinity"):
         parametrisations.frozen_lora(PROBLEM, A / 0)
-    for rank in (0, 6):
-        with pytest.raises(ValueError, match=rf"rank must be from 1 to min\(m1, m2\) = 5, got {rank}"):
-            parametrisations.principal_lora(PROBLEM, rank)
