@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
+# One process a core, each with one thread: small matrices gain nothing from more, and threads of two processes collide.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce quick test test-slow test-model lint check figures notebooks clean
@@ -17,10 +19,10 @@ reproduce: $(INSTALLED)  ## check the theory, fine-tune a real model, write the 
 	$(BIN)/diablo-theory reproduce $(ARGS)
 
 test: $(INSTALLED)  ## the default tests: no network, no pretrained model
-	$(BIN)/pytest -m "not model and not slow" $(ARGS)
+	$(SIDE_BY_SIDE) -m "not model and not slow" $(ARGS)
 
 test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find, and the notebooks
-	$(BIN)/pytest -m slow $(ARGS)
+	$(SIDE_BY_SIDE) -m slow $(ARGS)
 
 test-model: $(INSTALLED)  ## the tests on the real pretrained model
 	$(BIN)/pytest -m model $(ARGS)
