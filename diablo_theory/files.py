@@ -38,7 +38,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def sweep(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder. The caller holds the lock of that folder."""
     for left in folder.glob(f"{PARTIAL}*"):
         if left.is_dir():

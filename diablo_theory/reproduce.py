@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
-from diablo_theory.files import locked, read_json, sweep, write_json, write_with
+from diablo_theory.files import locked, read_json, remove_partial, write_json, write_with
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_yaml, resolve
 from diablo_theory.methods import Method
@@ -133,7 +133,7 @@ class Reproduction:
             ConfigError: If a method does not fit the model.
         """
         with locked(self.out):
-            sweep(self.out)
+            remove_partial(self.out)
             return self._run(board_of(self._expected()))
 
     def _run(self, board: Board) -> Path:

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo_theory.errors import ChecksumError, ModelUnavailableError, nearest
-from diablo_theory.files import PARTIAL, atomic_folder, read_json, sweep, write_json
+from diablo_theory.files import PARTIAL, atomic_folder, read_json, remove_partial, write_json
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def packaged_model(name: str) -> Path:
             if sha256_of(folder / "model.safetensors") != read_json(record)["sha256"]:
                 raise ChecksumError(f"the cached model in {folder} is damaged: delete that folder and run again")
             return folder
-        sweep(folder.parent)
+        remove_partial(folder.parent)
         _build(name, package, folder)
     return folder
 

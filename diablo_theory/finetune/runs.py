@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError
-from diablo_theory.files import locked, read_json, sweep, write_json, write_with
+from diablo_theory.files import locked, read_json, remove_partial, write_json, write_with
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import encode
 from diablo_theory.finetune.evaluate import evaluate
@@ -76,7 +76,7 @@ def execute(
     """
     with locked(folder):
         check_owner(folder, config)
-        sweep(folder)
+        remove_partial(folder)
         return finished(folder) or _execute(config, folder, board, load)
 
 

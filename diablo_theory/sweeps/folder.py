@@ -33,7 +33,7 @@ class SweepFolder:
         self._origin = {"function": function, "package_version": __version__}
         self._claim()
         for place in (folder, self._parts):
-            files.sweep(place)
+            files.remove_partial(place)
 
     def _claim(self) -> None:
         path = self._folder / "sweep.json"
