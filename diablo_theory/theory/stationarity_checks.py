@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diablo_theory.theory import descent, gradients, network_instances, stationary_points
+from diablo_theory.theory import gradients, network_descent, network_instances, stationary_points
 from diablo_theory.theory.arithmetic import Arithmetic
 from diablo_theory.theory.gradients import LayerGradients
 from diablo_theory.theory.measures import bound_excess, rank_premise_of_layers
@@ -119,7 +119,7 @@ class _Settled:
 
 def _descended(problem: NetworkProblem, generator: torch.Generator) -> list[_Settled]:
     """Every layer where descent stops; the reference is where it starts."""
-    updates = descent.minimise_blocks(problem, iterations=400, gradient_tolerance=1e-9)
+    updates = network_descent.minimise_blocks(problem, iterations=400, gradient_tolerance=1e-9)
     return _settled(problem, updates, gradients.dense_gradients(problem, problem.zero_updates()))
 
 

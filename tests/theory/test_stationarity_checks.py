@@ -6,8 +6,8 @@ import torch
 
 from diablo_theory import ops
 from diablo_theory.theory import (
-    descent,
     gradients,
+    network_descent,
     network_instances,
     networks,
     stationarity,
@@ -77,7 +77,7 @@ def test_an_amplification_that_is_too_small_is_noticed(monkeypatch, failing, nam
 
 @pytest.mark.parametrize("name", ["S1", "S2"])
 def test_blocks_that_are_not_trained_are_noticed(monkeypatch, failing, name):
-    monkeypatch.setattr(descent, "minimise_blocks", lambda problem, **_: problem.zero_updates())
+    monkeypatch.setattr(network_descent, "minimise_blocks", lambda problem, **_: problem.zero_updates())
     assert failing(name, "claim").statement.str.contains("vanishes").any()
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diablo_theory.theory import descent
+from diablo_theory.theory import network_descent
 from diablo_theory.theory.arithmetic import Arithmetic, seeded
 from diablo_theory.theory.gradients import layer_gradients
 from diablo_theory.theory.network_instances import mlp_problem
@@ -15,7 +15,7 @@ def test_minimise_blocks_lowers_the_gradient_and_not_the_loss_to_zero(activation
         (9, 16, 4), (2, 2), 3, seeded(0), repeats=2, activation=activation, arithmetic=Arithmetic(dtype)
     )
     before = layer_gradients(problem, problem.zero_updates())
-    updates = descent.minimise_blocks(problem, 300, 1e-10)
+    updates = network_descent.minimise_blocks(problem, 300, 1e-10)
     assert [flat(update).dtype for update in updates] == [dtype] * 2
     for first, last in zip(before, layer_gradients(problem, updates), strict=True):
         assert last.blocks[0].norm() < share * first.blocks[0].norm()
@@ -26,10 +26,11 @@ def test_minimise_blocks_trains_the_tail_too_and_stops_when_told():
     problem = mlp_problem((9, 8, 5), (2, 2), 20, seeded(0))
     start = float(problem.loss(forward(problem, problem.zero_updates()).output))
     losses = [
-        float(problem.loss(forward(problem, descent.minimise_blocks(problem, steps, 0.0)).output)) for steps in (1, 20)
+        float(problem.loss(forward(problem, network_descent.minimise_blocks(problem, steps, 0.0)).output))
+        for steps in (1, 20)
     ]
     assert start > losses[0] > losses[1]
-    trained = descent.minimise_blocks(problem, 20, 0.0)
+    trained = network_descent.minimise_blocks(problem, 20, 0.0)
     assert all(tail is not None and bool(tail.any()) for _, tail in trained)
-    untouched = descent.minimise_blocks(problem, 20, 1e3)
+    untouched = network_descent.minimise_blocks(problem, 20, 1e3)
     assert not any(flat(update).any() for update in untouched)
