@@ -99,27 +99,6 @@ def _spectrum(group: Tensor) -> Tensor:
     return torch.linalg.svdvals(group) if group.numel() else group.new_zeros(0)
 
 
-def amplifiers(X: Float[Tensor, "b m1"], layout: BlockLayout) -> list[Float[Tensor, "d m1"]]:
-    """``C_i = X_i^+ X`` for every group with outputs: ``X = X_i C_i`` where rank X_i = rank X.
-
-    Args:
-        X: Inputs, shape (b, m1), any scale.
-        layout: The blocks.
-
-    Returns:
-        One matrix a group, shape (rows of block i, m1), float64.
-
-    Raises:
-        ValueError: If X is not one matrix with the layout's number of columns.
-
-    Source: theory.md, S1 and S3.
-    """
-    _require_one(X, layout)
-    space = column_space(X)
-    groups = (truncated_svd(space.group(layout, i), space.cutoff) for i in written_groups(layout))
-    return [group.pinv_times(space.coordinates) for group in groups]
-
-
 def certificate(X: Float[Tensor, "b m1"], g: Float[Tensor, "b m2"], layout: BlockLayout) -> Certificate:
     """Both sides of S3 for one layer, at any point of any network.
 
