@@ -97,7 +97,7 @@ def dual_stationary(generator: torch.Generator, number: int, arithmetic: Arithme
         problem = make(generator, arithmetic=arithmetic)
         trial = Trial("S2", number, problem.description)
         last = reached(problem, generator)[-1]
-        verdicts += _verdicts(trial, role, "a head wider than d2", [last.transposed()])
+        verdicts += _verdicts(trial, role, "a head wider than d2", [last.transposed])
     return verdicts
 
 
@@ -113,7 +113,9 @@ class _Settled:
     layer: LayerGradients
     reference: float
 
+    @property
     def transposed(self) -> _Settled:
+        """The transposed layer there: see duality.py."""
         return _Settled(self.layer.transposed, self.reference)
 
 
