@@ -4,12 +4,14 @@ import re
 import runpy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from diablo_theory.cli import app
 from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.speeds import read_speeds
 from diablo_theory.reporting.tables import build
+from diablo_theory.theory.checks import CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +21,11 @@ def test_tables_are_those_of_the_saved_results():
     script = runpy.run_path(str(ROOT / "figures" / "make_figures.py"))
     saved = build(collect(script["SAVED"])), read_speeds(script["SPEEDS"])
     assert script["with_tables"](README, *saved) == README
+
+
+def test_the_saved_verdicts_are_of_the_checks_that_there_are():
+    saved = pd.read_csv(ROOT / "paper_results" / "reproduced" / "theory" / "verdicts.csv")
+    assert saved["check"].drop_duplicates().tolist() == list(CHECKS)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
