@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from diablo_theory.files import write_with
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,7 +22,7 @@ def main(names: list[str]) -> None:
         NotebookClient(
             notebook, timeout=300, record_timing=False, resources={"metadata": {"path": str(HERE)}}
         ).execute()
-        nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
+        write_with(path, partial(nbformat.write, notebook))
         print(f"ran {path}")
 
 

@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom, within their time, and their assertions hold."""
 
+import errno
+import runpy
 import time
 from pathlib import Path
 
@@ -32,6 +34,23 @@ def test_what_is_saved_was_run_and_ends_in_assertions(path):
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
     assert "assert " in cells[-1].source
+
+
+def test_a_notebook_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / "one.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(), path)
+    before = path.read_bytes()
+
+    def full(notebook, place):
+        Path(place).write_text("half of a noteb")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(NotebookClient, "execute", lambda self: None)
+    monkeypatch.setattr(nbformat, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        runpy.run_path(str(FOLDER / "execute.py"))["main"]([str(path)])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_there_are_four():
