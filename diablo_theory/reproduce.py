@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench
@@ -24,6 +23,7 @@ from diablo_theory.progress import Board
 from diablo_theory.provenance import peak_rss_gib, provenance
 from diablo_theory.reporting.report import write_report
 from diablo_theory.reporting.results import SCHEMA_VERSION
+from diablo_theory.sweeps import sweep
 from diablo_theory.theory.checks import CHECKS, run_checks
 from diablo_theory.theory.maps import Grid, map_cells
 from diablo_theory.tune import GRID, tune
@@ -239,12 +239,11 @@ class Reproduction:
             with board.piece("checks and their controls", len(CHECKS) * self.profile.trials) as advance:
                 verdicts = run_checks(trials=self.profile.trials, progress=lambda text: advance(1))
             write_with(verdicts_file, lambda path: verdicts.to_csv(path, index=False))
-            tasks, cells = Grid().tasks(), []
+            tasks = Grid().tasks()
             with board.piece("map of the gaps", len(tasks)) as advance:
-                for task in tasks:
-                    cells += map_cells(**task)
-                    advance(1)
-            write_with(map_file, lambda path: pd.DataFrame(cells).to_csv(path, index=False))
+                # it tells at the start too, of none finished
+                cells = sweep(map_cells, tasks, progress=lambda finished, total: advance(min(finished, 1)))
+            write_with(map_file, lambda path: cells.to_csv(path, index=False))
 
     def _tuned(self, board: Board) -> Rates:
         trained = [method for method in self.profile.methods if method != "none"]

@@ -30,7 +30,7 @@ ALLOWED = {
     "sweeps": {"errors", "files", "__version__"},
     "tune": {"errors", "files", "methods", "finetune", "progress", "reporting"},
     "reproduce": {"errors", "files", "bench", "finetune", "methods", "progress", "provenance", "reporting"}
-    | {"theory", "tune", "tuner", "__version__"},
+    | {"sweeps", "theory", "tune", "tuner", "__version__"},
     "cli": None,
     "__main__": {"cli"},
     "__init__": set(),

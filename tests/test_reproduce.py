@@ -7,6 +7,8 @@ import yaml
 from diablo_theory import reproduce
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError
 from diablo_theory.finetune import train
+from diablo_theory.theory.checks import CHECKS
+from diablo_theory.theory.maps import Grid
 
 SMALL = {
     "num_blocks": 6,
@@ -64,6 +66,9 @@ def test_the_whole_way_and_again_without_work(reproduction, tmp_path, board):
     assert manifest["seconds"] > 0
     assert manifest["model"]["source"] == "local folder"
     first = numbers(out)
+    told = {piece[0]: piece[1:] for piece in board.pieces}
+    assert told["checks and their controls"] == (len(CHECKS),) * 2  # one trial each
+    assert told["map of the gaps"] == (len(Grid().tasks()),) * 2
 
     board.pieces.clear()
     reproduction().run(lambda expected: board)
