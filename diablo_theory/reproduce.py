@@ -285,7 +285,7 @@ class Reproduction:
 
     def _expected(self) -> dict[str, float]:
         """Rough seconds a stage on two CPU cores, for the first estimate; the board corrects them as it goes."""
-        expected = {"model": 3.0, "theory": 0.6 * self.profile.trials}
+        expected = {"model": 3.0, "theory": 5.0 * self.profile.trials}
         for name, config in self.planned.items():
             step = {"none": 0.0, "full": 1.9}.get(config.method, 1.4) * config.batch_size / 16
             # The untouched model rambles on to the length limit; trained ones stop after the answer.
