@@ -16,11 +16,17 @@ from diablo_theory.finetune.data import IGNORED, collate, encode
 from diablo_theory.finetune.models import LoadedModel
 from diablo_theory.finetune.tasks import Example
 from diablo_theory.theory.arithmetic import seeded
-from diablo_theory.theory.diagnosis import captures, certificates
+from diablo_theory.theory.diagnosis import captures, certificate_row
 from diablo_theory.theory.recording import linear_layers, record
 from diablo_theory.theory.statistics import LayerStatistics
 
-LAYER = ["layer", "in_features", "out_features"]
+# of a method and a start, the share that it captures: columns of the summary
+_SUMMARY = {
+    "capture_diablo": ("diablo", "zero"),
+    "capture_lora_set": ("lora", "any"),
+    "capture_lora_tangent": ("lora", "usual"),
+    "capture_lora_frozen": ("lora-frozen-a", "usual"),
+}
 
 
 def layers_at(model: nn.Module, modules: Sequence[str], depths: int) -> list[str]:
@@ -102,58 +108,50 @@ def _is_token(batch: dict[str, Any]) -> Tensor:
     return mask.bool()
 
 
-def layer_captures(
-    loaded: LoadedModel,
+def diagnose_layers(
     sums: Mapping[str, LayerStatistics],
     num_blocks: int,
+    model: nn.Module | None = None,
+    rtol: float | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> pd.DataFrame:
-    """Captured shares of every layer, method, start and kind: see :func:`theory.diagnosis.captures`.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of every layer: what each method could capture, and which side of the theorem it is on.
 
     Args:
-        loaded: The model whose layers were recorded.
-        sums: What :func:`record_layers` returned.
+        sums: What :func:`record_layers` returned, or a file of them.
         num_blocks: N.
+        model: The model whose layers were recorded, for the starts that look at its weights (PiSSA, CorDA); left out
+            without it.
+        rtol: The rank decision, as in :meth:`LayerStatistics.reduce`.
         seed: Of LoRA's random factors.
         progress: Called with the number of layers after each.
 
     Returns:
-        The columns of ``CAPTURE_COLUMNS``, after layer, in_features and out_features.
+        Captured shares of every layer, method, start and kind, columns layer, in_features, out_features and
+        ``CAPTURE_COLUMNS`` (see :func:`theory.diagnosis.captures`); and one row a layer, the columns of
+        :func:`theory.diagnosis.certificates`, then ``capture_diablo``, ``capture_lora_set``,
+        ``capture_lora_tangent`` (its usual start) and ``capture_lora_frozen``.
+
+    Raises:
+        ConfigError: If the model has not all of the layers.
+        ValueError: If there is no layer, one has no tokens, or num_blocks, rtol or a weight does not fit one.
+        NonFiniteError: If a weight holds a NaN or an infinity.
     """
-    weights = linear_layers(loaded.model, list(sums))
-    tables = []
+    if not sums:
+        raise ValueError("sums must hold at least one layer's statistics, got none")
+    weights = {} if model is None else linear_layers(model, list(sums))
+    tables, rows = [], []
     for done, (name, layer) in enumerate(sums.items(), 1):
-        W0 = weights[name].weight.detach().mT
-        table = captures(layer.reduce(), [num_blocks], seeded(seed), W0)
-        for place, (column, value) in enumerate(zip(LAYER, (name, *W0.shape), strict=True)):
-            table.insert(place, column, value)
+        problem = layer.reduce(rtol)
+        W0 = weights[name].weight.detach().mT if weights else None
+        table = captures(problem, [num_blocks], seeded(seed), W0)
+        captured = table.set_index(["method", "start"])["capture"]
+        row = {"layer": name} | certificate_row(layer, problem, num_blocks)
+        rows.append(row | {column: captured[which] for column, which in _SUMMARY.items()})
+        for place, column in enumerate(("layer", "in_features", "out_features")):
+            table.insert(place, column, row[column])
         tables.append(table)
         if progress is not None:
             progress(done)
-    return pd.concat(tables, ignore_index=True)
-
-
-def layer_summary(found: pd.DataFrame, sums: Mapping[str, LayerStatistics], num_blocks: int) -> pd.DataFrame:
-    """One row a layer: which side of the theorem it is on, and what each method could capture.
-
-    Args:
-        found: What :func:`layer_captures` returned.
-        sums: The layers' sums.
-        num_blocks: N, as in ``found``.
-
-    Returns:
-        The columns of :func:`theory.diagnosis.certificates`, then ``capture_diablo``, ``capture_lora_set``,
-        ``capture_lora_tangent`` (its usual start) and ``capture_lora_frozen``.
-    """
-    table = certificates(sums, num_blocks).set_index("layer")
-    columns = {
-        "capture_diablo": ("diablo", "zero"),
-        "capture_lora_set": ("lora", "any"),
-        "capture_lora_tangent": ("lora", "usual"),
-        "capture_lora_frozen": ("lora-frozen-a", "usual"),
-    }
-    for column, (method, start) in columns.items():
-        part = found[(found["method"] == method) & (found["start"] == start)]
-        table[column] = part.set_index("layer")["capture"]
-    return table.reset_index()
+    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)

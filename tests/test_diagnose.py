@@ -8,6 +8,8 @@ from diablo_theory.finetune.data import collate, encode
 from diablo_theory.finetune.models import load_model
 from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.theory.column_space import times_power
+from diablo_theory.theory.diagnosis import certificates
+from diablo_theory.theory.statistics import LayerStatistics
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +78,54 @@ def test_the_model_is_left_as_it_was(loaded, sums):
 
 def test_tables_have_a_row_a_layer_and_agree(loaded, sums):
     told = []
-    found = diagnose.layer_captures(loaded, sums, 6, progress=told.append)
+    found, table = diagnose.diagnose_layers(sums, 6, loaded.model, progress=told.append)
     assert told == [1, 2, 3, 4]
-    pd.testing.assert_frame_equal(found, diagnose.layer_captures(loaded, sums, 6))
+    again = diagnose.diagnose_layers(sums, 6, loaded.model)
+    pd.testing.assert_frame_equal(found, again[0])
+    pd.testing.assert_frame_equal(table, again[1])
+    assert found.columns[:4].tolist() == ["layer", "in_features", "out_features", "num_blocks"]
     assert found["capture"].between(0, 1).all()
     assert set(found["start"]) == {"zero", "usual", "any", "eva", "lora-ga", "pissa", "corda"}
-    table = diagnose.layer_summary(found, sums, 6)
     assert table["layer"].tolist() == list(sums)
-    one = found[(found["layer"] == table["layer"][0]) & (found["method"] == "diablo")]
-    assert table["capture_diablo"][0] == one["capture"].item()
+    shown = {
+        "diablo": ("diablo", "zero"),
+        "lora_set": ("lora", "any"),
+        "lora_tangent": ("lora", "usual"),
+        "lora_frozen": ("lora-frozen-a", "usual"),
+    }
+    for name, (method, start) in shown.items():
+        part = found[(found["method"] == method) & (found["start"] == start)]
+        assert part["capture"].tolist() == table[f"capture_{name}"].tolist()
     assert (table["capture_lora_set"] >= table["capture_lora_tangent"] - 1e-12).all()
     assert (table["bound"] >= table["grad_full"] * (1 - 1e-12)).all()
+    expected = certificates(sums, 6)
+    pd.testing.assert_frame_equal(table[expected.columns], expected)
+
+
+def test_every_layer_is_reduced_once(sums, monkeypatch):
+    reduce, calls = LayerStatistics.reduce, []
+    monkeypatch.setattr(LayerStatistics, "reduce", lambda layer, rtol: calls.append(rtol) or reduce(layer, rtol))
+    diagnose.diagnose_layers(sums, 6, rtol=1e-3)
+    assert calls == [1e-3] * len(sums)
+
+
+def test_without_the_model_only_the_starts_that_look_at_its_weights_are_missing(loaded, sums):
+    found, table = diagnose.diagnose_layers(sums, 6, loaded.model)
+    without, same = diagnose.diagnose_layers(sums, 6)
+    expected = found[~found["start"].isin(["pissa", "corda"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(without, expected)
+    pd.testing.assert_frame_equal(same, table)
+
+
+def test_a_cutoff_that_is_higher_keeps_fewer_directions(sums):
+    usual, high = (diagnose.diagnose_layers(sums, 6, rtol=rtol)[1]["rank"] for rtol in (None, 0.1))
+    assert (high < usual).all()
+
+
+def test_what_does_not_fit_is_named(loaded, sums):
+    with pytest.raises(ValueError, match="sums must hold at least one layer's statistics, got none"):
+        diagnose.diagnose_layers({}, 6)
+    with pytest.raises(ValueError, match="num_blocks must be at most 36 for a 36 x 36 matrix, got 37"):
+        diagnose.diagnose_layers(sums, 37)
+    with pytest.raises(ConfigError, match=r"no nn.Linear layer is called 'model.layers.7.self_attn.q_proj'"):
+        diagnose.diagnose_layers({"model.layers.7.self_attn.q_proj": next(iter(sums.values()))}, 6, loaded.model)

@@ -163,11 +163,8 @@ def diagnose(
     examples = TASKS[task].examples("train", items, 0)
     with board.piece(f"record {len(layers)} layers", -(-len(examples) // size)) as advance:
         sums = diagnosis.record_layers(loaded, examples, layers, size, lambda _: advance(1))
-    with board.piece("captures", len(layers)) as advance, options_checked():
-        found = diagnosis.layer_captures(loaded, sums, blocks, progress=lambda _: advance(1))
-    with board.piece("certificates", 1) as advance:
-        table = diagnosis.layer_summary(found, sums, blocks)
-        advance(1)
+    with board.piece("captures and certificates", len(layers)) as advance, options_checked():
+        found, table = diagnosis.diagnose_layers(sums, blocks, loaded.model, progress=lambda _: advance(1))
     console.print(layer_table(table))
     if out is not None:
         write_with(out / "layers.csv", lambda path: table.to_csv(path, index=False))

@@ -56,7 +56,7 @@ def layer_table(layers: pd.DataFrame) -> Table:
     """One line a layer for the terminal.
 
     Args:
-        layers: What ``diagnose.layer_summary`` returned.
+        layers: What ``diagnose.diagnose_layers`` returned, its second table.
     """
     table = Table(title="Layers, each method at DiaBlo's parameters", title_justify="left")
     headings = ("layer", "d1", "rank 99%", "premise", "DiaBlo", "LoRA best", "LoRA start", "frozen A", "leak share")

@@ -121,10 +121,7 @@ def certificates(layers: Mapping[str, LayerStatistics], num_blocks: int, rtol: f
         rtol: The rank decision, as in :meth:`LayerStatistics.reduce`.
 
     Returns:
-        One row a layer: layer, in_features, out_features, tokens, num_blocks, block_rows, rank, energy_rank (of 99% of
-        ``||X||_F^2``), premise_holds, premise_margin (decades), grad_full, grad_blocks, amplification, leak, bound
-        (amplification * grad_blocks + leak) and tightness (grad_full / bound, at most 1 up to rounding; 1 where both
-        are zero).
+        One row a layer: layer, then what :func:`certificate_row` says of it.
 
     Raises:
         ValueError: If there is no layer, or num_blocks or rtol does not fit one.
@@ -133,30 +130,48 @@ def certificates(layers: Mapping[str, LayerStatistics], num_blocks: int, rtol: f
     """
     if not layers:
         raise ValueError("layers must hold at least one layer's statistics, got none")
-    rows = []
-    for name, sums in layers.items():
-        layout = BlockLayout(sums.in_features, sums.out_features, num_blocks)
-        problem, exponent = sums.reduce(rtol), torch.tensor(sums.x_exponent + sums.r_exponent, device=sums.sums.device)
-        premise = premise_of(problem.space, layout)
-        found = certificate_of(problem.space, sums.cross, exponent, layout)
-        rows.append(
-            {
-                "layer": name,
-                "in_features": layout.in_features,
-                "out_features": layout.out_features,
-                "tokens": sums.tokens,
-                "num_blocks": num_blocks,
-                "block_rows": layout.block_rows,
-                "rank": premise.rank,
-                "energy_rank": energy_rank(problem.space),
-                "premise_holds": premise.holds,
-                "premise_margin": premise.margin,
-                "grad_full": found.grad_full,
-                "grad_blocks": found.grad_blocks,
-                "amplification": found.amplification,
-                "leak": found.leak,
-                "bound": found.bound,
-                "tightness": found.grad_full / found.bound if found.bound > 0 else 1.0,
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        [{"layer": name} | certificate_row(sums, sums.reduce(rtol), num_blocks) for name, sums in layers.items()]
+    )
+
+
+def certificate_row(sums: LayerStatistics, problem: ReducedProblem, num_blocks: int) -> dict[str, int | float]:
+    """S3 for one layer.
+
+    Args:
+        sums: Of the layer, with R = -g_Y.
+        problem: What ``sums.reduce()`` gave, with any rtol: it is the costly part, and :func:`captures` takes it too.
+        num_blocks: N.
+
+    Returns:
+        in_features, out_features, tokens, num_blocks, block_rows, rank, energy_rank (of 99% of ``||X||_F^2``),
+        premise_holds, premise_margin (decades), grad_full, grad_blocks, amplification, leak, bound
+        (amplification * grad_blocks + leak) and tightness (grad_full / bound, at most 1 up to rounding; 1 where both
+        are zero).
+
+    Raises:
+        ValueError: If num_blocks does not fit the layer.
+
+    Source: theory.md, S3.
+    """
+    layout = BlockLayout(sums.in_features, sums.out_features, num_blocks)
+    exponent = torch.tensor(sums.x_exponent + sums.r_exponent, device=sums.sums.device)
+    premise = premise_of(problem.space, layout)
+    found = certificate_of(problem.space, sums.cross, exponent, layout)
+    return {
+        "in_features": layout.in_features,
+        "out_features": layout.out_features,
+        "tokens": sums.tokens,
+        "num_blocks": num_blocks,
+        "block_rows": layout.block_rows,
+        "rank": premise.rank,
+        "energy_rank": energy_rank(problem.space),
+        "premise_holds": premise.holds,
+        "premise_margin": premise.margin,
+        "grad_full": found.grad_full,
+        "grad_blocks": found.grad_blocks,
+        "amplification": found.amplification,
+        "leak": found.leak,
+        "bound": found.bound,
+        "tightness": found.grad_full / found.bound if found.bound > 0 else 1.0,
+    }
