@@ -27,7 +27,7 @@ def shell(monkeypatch, tmp_path, capfd):
     return call
 
 
-@pytest.mark.parametrize("command", ["reproduce", "verify", "train", "tune", "report"])
+@pytest.mark.parametrize("command", ["reproduce", "verify", "map", "speed", "train", "tune", "diagnose", "report"])
 def test_help_teaches_with_an_example(shell, command):
     status, out, _ = shell(command, "--help")
     assert status == 0
@@ -206,17 +206,98 @@ def test_verify_takes_a_precision_and_names_what_it_cannot_use(shell):
     assert "device 'nowhere' cannot be used here" in shell("verify", "L2", "--device", "nowhere")[2]
 
 
-def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, tiny_model):
-    options = ["--model", str(tiny_model), "--task", "word_problems", "--items", "4", "--blocks", "6", "--depths", "1"]
-    status, out, _ = shell("diagnose", *options, "--out", "here")
+@pytest.fixture
+def small_diagnosis(tiny_model):
+    """Options under which a diagnosis takes a second."""
+    task = ["--task", "word_problems", "--items", "4", "--depths", "1"]
+    return ["diagnose", "--model", str(tiny_model), *task]
+
+
+def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, small_diagnosis):
+    status, out, _ = shell(*small_diagnosis, "--blocks", "6", "--out", "here")
     assert status == 0
     assert "0.q_proj" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
         *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.png")
     }
     assert len(pd.read_csv(tmp_path / "here/layers.csv")) == 5
-    assert "num_blocks must be at most 36" in shell("diagnose", *options, "--blocks", "5000")[2]
-    assert "unknown task 'word_problem'" in shell("diagnose", "--task", "word_problem")[2]
+
+
+def test_diagnose_goes_on_from_saved_statistics_without_the_model(shell, tmp_path, small_diagnosis, monkeypatch):
+    from diablo_theory.finetune import models
+
+    def forbidden(*arguments):
+        raise AssertionError("the model is not needed")
+
+    def table(folder, name):
+        return pd.read_csv(tmp_path / folder / f"{name}.csv")
+
+    assert shell(*small_diagnosis, "--blocks", "6", "--out", "first")[0] == 0
+    monkeypatch.setattr(models, "load_model", forbidden)
+    saved = ["diagnose", "--statistics", "first/statistics.safetensors"]
+    assert shell(*saved, "--blocks", "6", "--out", "same")[0] == 0
+    pd.testing.assert_frame_equal(table("same", "layers"), table("first", "layers"), check_exact=True)
+    captures = table("first", "captures")
+    expected = captures[~captures["start"].isin(["pissa", "corda"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(table("same", "captures"), expected, check_exact=True)
+    assert not (tmp_path / "same" / "statistics.safetensors").exists()
+
+    assert shell(*saved, "--blocks", "3", "--rtol", "0.1", "--out", "other")[0] == 0
+    assert (table("other", "layers")["num_blocks"] == 3).all()
+    assert (table("other", "layers")["rank"] < table("first", "layers")["rank"]).all()
+
+
+def test_what_was_recorded_outlives_a_failure_after_it(shell, tmp_path, small_diagnosis, monkeypatch):
+    from diablo_theory import diagnose
+
+    def refuses(*arguments, **options):
+        raise ValueError("something does not fit")
+
+    monkeypatch.setattr(diagnose, "diagnose_layers", refuses)
+    status, _, err = shell(*small_diagnosis, "--blocks", "6", "--out", "here")
+    assert (status, err) == (1, "error: something does not fit\n")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["statistics.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--blocks", "37"], "--blocks: num_blocks must be at most 36 for a 36 x 36 matrix, got 37"),
+        (["--blocks", "0"], "greater than or equal to 1"),
+        (["--rtol", "2"], "--rtol: rtol must be at least sqrt(eps) = 1.49e-08 and below 1, got 2.0"),
+        (["--rtol", "nan"], "--rtol: rtol must be at least sqrt(eps) = 1.49e-08 and below 1, got nan"),
+        (["--task", "word_problem"], "unknown task 'word_problem'. Did you mean 'word_problems'?"),
+        (["--modules", "q_proj,qproj"], "no linear layer of a numbered block is called 'qproj'"),
+        (["--device", "nowhere"], "'nowhere' is not one of 'auto', 'cpu', 'cuda'"),
+        (["--statistics", "a.safetensors"], "--model says what to record: leave it out with --statistics"),
+    ],
+)
+def test_options_of_a_diagnosis_that_do_not_fit_are_refused_before_the_recording(
+    shell, tmp_path, small_diagnosis, monkeypatch, options, message
+):
+    from diablo_theory import diagnose
+
+    def forbidden(*arguments):
+        raise AssertionError("nothing is to be recorded")
+
+    monkeypatch.setattr(diagnose, "record_layers", forbidden)
+    status, _, err = shell(*small_diagnosis, "--out", "here", "--blocks", "6", *options)
+    assert status != 0
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "here").exists()
+
+
+def test_statistics_that_cannot_be_read_are_one_message(shell, tmp_path, small_diagnosis):
+    assert shell(*small_diagnosis, "--blocks", "6", "--out", "here")[0] == 0
+    path = tmp_path / "here" / "statistics.safetensors"
+    saved = ["diagnose", "--statistics", path]
+    assert "--blocks: num_blocks must be at most 36" in shell(*saved, "--blocks", "37")[2]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert f"{path} is truncated or damaged" in shell(*saved)[2]
+    assert "is truncated or damaged" in shell("diagnose", "--statistics", "here/layers.csv")[2]
+    status, _, err = shell("diagnose", "--statistics", "nothing.safetensors")
+    assert status == 1
+    assert "no such statistics file: nothing.safetensors" in err
 
 
 def test_speed_measures_a_small_layer(shell, tmp_path):

@@ -45,12 +45,12 @@ def _options(
 
 
 @contextmanager
-def options_checked() -> Iterator[None]:
-    """Tell of a value that the library refuses as of a mistake in the options, without a traceback."""
+def options_checked(option: str | None = None) -> Iterator[None]:
+    """Tell of a value that the library refuses as of a mistake in the options, or in one, without a traceback."""
     try:
         yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{option}: {error}" if option else str(error)) from error
 
 
 def wrote(paths: list[Path]) -> None:

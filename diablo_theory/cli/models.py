@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -120,6 +121,7 @@ def tune(
 
 @app.command()
 def diagnose(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Known name, local folder or hub id.")] = "SmolLM2-135M-Instruct",
     task: Annotated[str, typer.Option(help="word_problems or docstrings: the text, and the loss on its answers.")] = (
         "docstrings"
@@ -130,7 +132,26 @@ def diagnose(
         "q_proj,k_proj,v_proj,up_proj,down_proj"
     ),
     depths: Annotated[int, typer.Option(min=1, help="Blocks of the model to look at, evenly spaced.")] = 4,
-    device: Annotated[str, typer.Option(help="auto takes a GPU when there is one.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU when there is one.")
+    ] = "auto",
+    rtol: Annotated[
+        float | None,
+        typer.Option(
+            help="Singular values of a layer's inputs at or below this share of the largest count as zero: from "
+            "sqrt(eps) = 1.5e-8 to below 1. The default for inputs in float32, 4.9e-4, is the worst that rounding may "
+            "do to them; where one feature is far larger than the others it may keep only a few directions, and a "
+            "lower one keeps more."
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="A statistics.safetensors that an earlier diagnose wrote: its layers again, with other --blocks or "
+            "--rtol, without recording again. The model is not loaded, so PiSSA and CorDA, starts of LoRA that look "
+            "at its weights, are left out of captures.csv."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for layers.csv, captures.csv, statistics.safetensors and the figure.")
     ] = None,
@@ -141,8 +162,11 @@ def diagnose(
     holds 99% of its inputs' energy beside the block height d1, and the share of the change that the loss asks for that
     DiaBlo, LoRA (its best member, and the directions open at its usual start) and LoRA with a frozen A can make.
 
-    Example: `diablo-theory diagnose --items 32 --depths 2 --out results/diagnosis`
+    Example: `diablo-theory diagnose --items 32 --depths 2 --out results/diagnosis`, then
+    `diablo-theory diagnose --statistics results/diagnosis/statistics.safetensors --blocks 32 --rtol 1e-6`
     """
+    import torch
+
     from diablo_theory import diagnose as diagnosis
     from diablo_theory.errors import ConfigError, nearest
     from diablo_theory.files import write_with
@@ -151,27 +175,49 @@ def diagnose(
     from diablo_theory.progress import Board
     from diablo_theory.reporting.captures import capture_figure, layer_table
     from diablo_theory.reporting.style import save
-    from diablo_theory.theory.statistics import save_statistics
+    from diablo_theory.theory.recording import linear_layers
+    from diablo_theory.theory.statistics import LayerStatistics, load_statistics, save_statistics
 
-    if task not in TASKS:
-        raise ConfigError(f"unknown task {task!r}.{nearest(task, TASKS)}")
+    with options_checked("--rtol"):  # the library's own rule, on one token, before anything that takes minutes
+        LayerStatistics.of([(torch.ones(1, 1), torch.ones(1, 1))]).reduce(rtol)
     board, size = Board(console), 8
-    with board.piece(loading(model), 1) as advance:
-        loaded = load_model(model, device)
-        advance(1)
-    layers = diagnosis.layers_at(loaded.model, modules.split(","), depths)
-    examples = TASKS[task].examples("train", items, 0)
-    with board.piece(f"record {len(layers)} layers", -(-len(examples) // size)) as advance:
-        sums = diagnosis.record_layers(loaded, examples, layers, size, lambda _: advance(1))
-    with board.piece("captures and certificates", len(layers)) as advance, options_checked():
-        found, table = diagnosis.diagnose_layers(sums, blocks, loaded.model, progress=lambda _: advance(1))
+    if statistics is not None:
+        for name in ("model", "task", "items", "modules", "depths", "device"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise typer.BadParameter(f"--{name} says what to record: leave it out with --statistics")
+        network, sums = None, load_statistics(statistics)
+        _require_blocks(sums, blocks)
+    else:
+        if task not in TASKS:
+            raise ConfigError(f"unknown task {task!r}.{nearest(task, TASKS)}")
+        with board.piece(loading(model), 1) as advance:
+            loaded = load_model(model, device)
+            advance(1)
+        network, layers = loaded.model, diagnosis.layers_at(loaded.model, modules.split(","), depths)
+        _require_blocks(linear_layers(network, layers), blocks)
+        examples = TASKS[task].examples("train", items, 0)
+        with board.piece(f"record {len(layers)} layers", -(-len(examples) // size)) as advance, options_checked():
+            sums = diagnosis.record_layers(loaded, examples, layers, size, lambda _: advance(1))
+        if out is not None:
+            save_statistics(out / "statistics.safetensors", sums)
+    with board.piece("captures and certificates", len(sums)) as advance, options_checked():
+        found, table = diagnosis.diagnose_layers(sums, blocks, network, rtol, progress=lambda _: advance(1))
     console.print(layer_table(table))
     if out is not None:
         write_with(out / "layers.csv", lambda path: table.to_csv(path, index=False))
         write_with(out / "captures.csv", lambda path: found.to_csv(path, index=False))
-        save_statistics(out / "statistics.safetensors", sums)
-        files = [out / name for name in ("layers.csv", "captures.csv", "statistics.safetensors")]
-        wrote([*files, *save(capture_figure(found), out, "captures")])
+        recorded = [out / "statistics.safetensors"] if statistics is None else []
+        wrote([*recorded, out / "layers.csv", out / "captures.csv", *save(capture_figure(found), out, "captures")])
+
+
+def _require_blocks(layers: Mapping[str, Any], blocks: int) -> None:
+    """Refuse a number of blocks that one of the layers has no room for; they have in_features and out_features."""
+    from diablo_theory.blocks import BlockLayout
+
+    with options_checked("--blocks"):
+        for layer in layers.values():
+            BlockLayout(layer.in_features, layer.out_features, blocks)
 
 
 @app.command()
