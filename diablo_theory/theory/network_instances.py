@@ -1,4 +1,4 @@
-"""Seeded networks with data that meets or breaks the premises of S1 and S2."""
+"""Seeded networks with data that meets or breaks the premises of S1 and S2, and the truth about it attached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.theory.architectures import MLP, Architecture, AttentionBlock
 from diablo_theory.theory.arithmetic import FLOAT64, Arithmetic, gaussian
-from diablo_theory.theory.networks import NetworkProblem
+from diablo_theory.theory.column_space import written_groups
+from diablo_theory.theory.duality import transposed
+from diablo_theory.theory.networks import NetworkProblem, Truth
 
 
 def mlp_problem(
@@ -44,7 +46,7 @@ def mlp_problem(
         arithmetic: The precision and device of the tensors.
 
     Returns:
-        The problem, with b = samples * repeats.
+        The problem, with b = samples * repeats, and its truth.
     """
     adapted = _layouts(itertools.pairwise(sizes), num_blocks)
     outputs = sizes[-1] if head_width is None else head_width
@@ -82,7 +84,7 @@ def attention_problem(
         arithmetic: The precision and device of the tensors.
 
     Returns:
-        The problem, with b = sequences * tokens * repeats.
+        The problem, with b = sequences * tokens * repeats, and its truth.
     """
     shapes = [(width, width)] * 4 + [(width, hidden), (hidden, width)]
     adapted = _layouts(shapes, [num_blocks] * len(shapes))
@@ -104,7 +106,7 @@ def _generic(
     outputs: int,
     generator: torch.Generator,
 ) -> NetworkProblem:
-    """Random targets and weights around given distinct inputs."""
+    """Random targets and weights around given distinct inputs, and the truth that follows from the counts."""
     samples = len(inputs)
     shapes = [*((layout.in_features, layout.out_features) for layout in adapted), *head]
     return NetworkProblem(
@@ -113,4 +115,14 @@ def _generic(
         weights=tuple(gaussian(m1, m2, generator) / m1**0.5 for m1, m2 in shapes),
         layouts=adapted,
         architecture=architecture,
+        truth=Truth(
+            inputs=all(_groups_hold(samples, layout) for layout in adapted),
+            gradients=_groups_hold(min(samples * repeats, outputs), transposed(adapted[-1])),
+        ),
     )
+
+
+def _groups_hold(rank: int, layout: BlockLayout) -> bool:
+    """Whether generic inputs of this rank, or of all columns if they are fewer, have it in every column group."""
+    sizes = [layout.rows(i).stop - layout.rows(i).start for i in written_groups(layout)]
+    return bool(min(rank, layout.in_features) <= min(sizes))

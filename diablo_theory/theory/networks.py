@@ -25,6 +25,19 @@ def flat(update: Update) -> Float[Tensor, " p"]:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """Which premises a network meets at generic points, known from how it was made.
+
+    Args:
+        inputs: S1's: ``rank X_i = rank X`` in every adapted layer; otherwise it fails in one of them at least.
+        gradients: S2's: ``rank g_{Y_i} = rank g_Y`` in the last adapted layer; otherwise it fails there.
+    """
+
+    inputs: bool
+    gradients: bool
+
+
+@dataclass(frozen=True)
 class NetworkProblem:
     """A network with block updates in its linear layers, under ``1/(2b) ||output - targets||_F^2``.
 
@@ -34,6 +47,7 @@ class NetworkProblem:
         weights: The frozen weight of every linear layer, shapes (m1, m2).
         layouts: The blocks of the first layers, one a layer; layers past them take no update.
         architecture: What the layers are part of.
+        truth: Which premises hold, where that is known.
 
     Raises:
         ValueError: If the layers do not chain, or a shape or dtype does not fit.
@@ -45,6 +59,7 @@ class NetworkProblem:
     weights: tuple[Tensor, ...]
     layouts: tuple[BlockLayout, ...]
     architecture: Architecture
+    truth: Truth | None = None
 
     def __post_init__(self) -> None:
         layers = self.architecture.layers

@@ -27,22 +27,6 @@ def failing():
     return rows
 
 
-@pytest.fixture
-def premises():
-    """Whether S1's premise holds in every adapted layer of a network, and S2's in the last, at a generic point."""
-    from diablo_theory.theory.arithmetic import seeded
-    from diablo_theory.theory.gradients import layer_gradients
-    from diablo_theory.theory.stationarity import rank_premise
-
-    def hold(problem, seed=1):
-        layers = layer_gradients(problem, problem.random_updates(seeded(seed)))
-        last = layers[-1].transposed
-        inputs = all(rank_premise(layer.X, layer.layout).holds for layer in layers)
-        return inputs, rank_premise(last.X, last.layout).holds
-
-    return hold
-
-
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def assert_passes(request):
     """Assert that every verdict of a check passes, with margins of the right sign."""

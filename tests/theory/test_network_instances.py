@@ -3,7 +3,9 @@ from functools import partial
 import pytest
 import torch
 
+from diablo_theory.theory import stationarity
 from diablo_theory.theory.arithmetic import Arithmetic, seeded
+from diablo_theory.theory.gradients import layer_gradients
 from diablo_theory.theory.network_instances import attention_problem, mlp_problem
 from diablo_theory.theory.networks import flat, forward
 
@@ -42,10 +44,16 @@ def test_repeated_inputs_keep_the_rank_and_change_the_targets():
         (partial(attention_problem, 12, 18, 3, 5, 1), False, False),
     ],
 )
-def test_premises_hold_and_fail_as_the_counts_say(premises, make, inputs, gradients):
+def test_the_truth_attached_is_what_the_ranks_say(make, inputs, gradients):
     for seed in range(3):
         problem = make(seeded(seed))
-        assert premises(problem, seed + 10) == (inputs, gradients)
+        assert problem.truth is not None
+        assert (problem.truth.inputs, problem.truth.gradients) == (inputs, gradients)
+        layers = layer_gradients(problem, problem.random_updates(seeded(seed + 10)))
+        premises = [stationarity.rank_premise(layer.X, layer.layout).holds for layer in layers]
+        dual = layers[-1].transposed
+        assert all(premises) is inputs
+        assert stationarity.rank_premise(dual.X, dual.layout).holds is gradients
 
 
 @pytest.mark.parametrize(
@@ -69,3 +77,4 @@ def test_float32_problems_are_the_rounded_float64_ones(make):
         assert narrow.dtype == torch.float32
         torch.testing.assert_close(narrow, wide.float(), rtol=1e-6, atol=1e-7)
     assert forward(rounded, rounded.zero_updates()).output.dtype == torch.float32
+    assert rounded.truth == problem.truth

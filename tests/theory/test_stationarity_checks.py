@@ -9,6 +9,7 @@ from diablo_theory.theory import (
     gradients,
     network_descent,
     network_instances,
+    networks,
     stationarity,
     stationarity_checks,
     stationary_points,
@@ -25,13 +26,13 @@ def test_every_verdict_passes_in_float32(name, seed):
     assert (table.tolerance > 1e-5).all()
 
 
-def test_the_premises_hold_and_fail_by_construction(premises):
+def test_the_premises_hold_and_fail_by_construction():
     for make in stationarity_checks._FEW_SAMPLES:
-        assert premises(make(seeded(0)))[0]
-    assert not premises(stationarity_checks._MANY_SAMPLES(seeded(0)))[0]
+        assert make(seeded(0)).truth.inputs
+    assert not stationarity_checks._MANY_SAMPLES(seeded(0)).truth.inputs
     for make in (stationarity_checks._NARROW_HEAD, *stationarity_checks._NARROW_HEAD_MADE):
-        assert premises(make(seeded(0))) == (False, True)
-    assert premises(stationarity_checks._WIDE_HEAD_MADE(seeded(0))) == (False, False)
+        assert make(seeded(0)).truth == networks.Truth(inputs=False, gradients=True)
+    assert stationarity_checks._WIDE_HEAD_MADE(seeded(0)).truth == networks.Truth(inputs=False, gradients=False)
 
 
 def test_s1_s_premise_fails_in_the_very_layer_that_s2_is_about():
