@@ -218,9 +218,10 @@ def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, small_diagnosis
     assert status == 0
     assert "0.q_proj" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
-        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.png")
+        *("layers.csv", "captures.csv", "statistics.safetensors", "diagnose.json", "captures.pdf", "captures.png")
     }
     assert len(pd.read_csv(tmp_path / "here/layers.csv")) == 5
+    assert json.loads((tmp_path / "here/diagnose.json").read_text())["options"]["blocks"] == "6"
 
 
 def test_diagnose_goes_on_from_saved_statistics_without_the_model(shell, tmp_path, small_diagnosis, monkeypatch):

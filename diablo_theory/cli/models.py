@@ -153,7 +153,11 @@ def diagnose(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for layers.csv, captures.csv, statistics.safetensors and the figure.")
+        Path | None,
+        typer.Option(
+            help="Folder for layers.csv, captures.csv, statistics.safetensors, the figure, and diagnose.json "
+            "(options, versions, hardware)."
+        ),
     ] = None,
 ) -> None:
     """Say of a real model's layers which side of the theorem they are on, and what each method could capture.
@@ -169,10 +173,11 @@ def diagnose(
 
     from diablo_theory import diagnose as diagnosis
     from diablo_theory.errors import ConfigError, nearest
-    from diablo_theory.files import write_with
-    from diablo_theory.finetune.models import load_model, loading
+    from diablo_theory.files import write_json, write_with
+    from diablo_theory.finetune.models import load_model, loading, pick_device
     from diablo_theory.finetune.tasks import TASKS
     from diablo_theory.progress import Board
+    from diablo_theory.provenance import provenance
     from diablo_theory.reporting.captures import capture_figure, layer_table
     from diablo_theory.reporting.style import save
     from diablo_theory.theory.recording import linear_layers
@@ -207,8 +212,11 @@ def diagnose(
     if out is not None:
         write_with(out / "layers.csv", lambda path: table.to_csv(path, index=False))
         write_with(out / "captures.csv", lambda path: found.to_csv(path, index=False))
+        options = {name: str(value) for name, value in context.params.items() if value is not None}
+        write_json(out / "diagnose.json", {"options": options} | provenance(pick_device(device)))
         recorded = [out / "statistics.safetensors"] if statistics is None else []
-        wrote([*recorded, out / "layers.csv", out / "captures.csv", *save(capture_figure(found), out, "captures")])
+        files = [*recorded, out / "layers.csv", out / "captures.csv", out / "diagnose.json"]
+        wrote([*files, *save(capture_figure(found), out, "captures")])
 
 
 def _require_blocks(layers: Mapping[str, Any], blocks: int) -> None:

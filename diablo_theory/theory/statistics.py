@@ -284,10 +284,17 @@ def load_statistics(path: Path) -> dict[str, LayerStatistics]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") == _FORMAT:
-                return {
-                    name: LayerStatistics(file.get_tensor(f"{name}:sums"), *(exponents[field] for field in _EXPONENTS))
-                    for name, exponents in json.loads(metadata["layers"]).items()
-                }
+                layers = json.loads(metadata["layers"]).items()
+                return {name: _layer(file.get_tensor(f"{name}:sums"), exponents) for name, exponents in layers}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} is truncated or damaged ({error}); write it again") from error
     raise ResultsError(f"{path} is no statistics file of this version: its format is {metadata.get('format')!r}")
+
+
+def _layer(sums: Tensor, exponents: Mapping[str, int]) -> LayerStatistics:
+    """One layer as it was saved; ValueError where that cannot have been."""
+    if sums.ndim != 2 or sums.dtype != torch.float64 or not _BESIDE < len(sums) < sums.shape[1]:
+        raise ValueError(f"sums of shape {tuple(sums.shape)} and {sums.dtype}")
+    if not bool(sums.isfinite().all()):
+        raise ValueError("sums that are not finite")
+    return LayerStatistics(sums, *(exponents[field] for field in _EXPONENTS))

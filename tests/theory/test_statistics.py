@@ -637,6 +637,24 @@ def test_a_file_of_another_kind_is_named(tmp_path, metadata):
         load_statistics(path)
 
 
+@pytest.mark.parametrize(
+    "sums",
+    [
+        torch.zeros(12).double(),
+        torch.zeros(5, 5).double(),
+        torch.zeros(3, 7).double(),
+        torch.zeros(5, 7),
+        torch.full((5, 7), math.nan).double(),
+    ],
+)
+@pytest.mark.usefixtures("unannotated")
+def test_sums_that_no_layer_has_are_named(tmp_path, sums):
+    path = tmp_path / "sums.safetensors"
+    save_statistics(path, {"a": LayerStatistics(sums)})
+    with pytest.raises(ResultsError, match=r"sums\.safetensors is truncated or damaged \(sums .*\); write it again"):
+        load_statistics(path)
+
+
 @pytest.mark.parametrize("layers", ["{", "[]", "3", '{"b": {}}', '{"a": {}}', '{"a": {"colour": 3}}', '{"a": 3}'])
 def test_a_damaged_header_is_named(tmp_path, layers):
     path = tmp_path / "sums.safetensors"
