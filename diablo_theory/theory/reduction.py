@@ -30,12 +30,15 @@ class ReducedProblem:
             with those of the space.
         outside: ``||(I - P_X) R||_F^2`` with R at unit scale, shape (...): what no update can reach.
         exponent: The power of two that was taken out of R, shape (...).
+        rounding: A ``||P_X R||`` of at most this share of ``||R||`` is rounding: what is captured of an R that is
+            orthogonal to col X. Shape (...) or one number.
     """
 
     space: ColumnSpace
     target: Float[Tensor, "... k m2"]
     outside: Float[Tensor, ...]
     exponent: Int[Tensor, ...]
+    rounding: Float[Tensor, ...] | float = tolerance("rank").value
 
     @cached_property
     def captured(self) -> Float[Tensor, ...]:
@@ -43,13 +46,9 @@ class ReducedProblem:
         return self.target.square().sum((-2, -1))
 
     def share(self, missed: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """``missed / captured``, free of any scale, and 0 where there is nothing to capture.
-
-        What is captured of an R that is orthogonal to col X is rounding: as in the rank decision, a ``||P_X R||`` of
-        at most 4096 eps of ``||R||`` is nothing.
-        """
-        rounding = tolerance("rank").value ** 2 * (self.captured + self.outside)
-        return torch.where(self.captured > rounding, missed / self.captured, 0.0)
+        """``missed / captured``, free of any scale, and 0 where there is nothing to capture but rounding."""
+        nothing = self.rounding**2 * (self.captured + self.outside)
+        return torch.where(self.captured > nothing, missed / self.captured, 0.0)
 
     def loss_of(self, missed: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """``missed / 2`` in the units of the problem's loss, for a squared norm at unit scale."""

@@ -26,27 +26,28 @@ from diablo_theory.theory.column_space import ColumnSpace, decide_rank, largest_
 from diablo_theory.theory.reduction import ReducedProblem
 from diablo_theory.theory.tolerances import tolerance
 
-_FORMAT = "diablo_theory statistics 2"
+_FORMAT = "diablo_theory statistics 3"
 _EXPONENTS = ("x_exponent", "r_exponent")
 _STEP = 256  # of the powers of two that are taken out: what is left of the largest entry is within 2^128 of 1
 _SMALLEST = -1024  # of these powers: that of zeros, which never set the scale
-_BESIDE = 3  # columns beside X: tokens in float64, tokens in less, ||r||
+_BESIDE = 5  # columns beside X: tokens in float64, in float32, in less, first of a batch; ||r||
 
 
 @dataclass(eq=False)
 class LayerStatistics:
     """The sums of one linear layer ``Y = X W``, filled batch by batch.
 
-    One matrix holds them all, ``sums = [X c]^T [X c R]``, whose three columns c are, for each token, 1 where x came in
-    float64, 1 where it came in less, and ||r||. A batch enters by one matrix product in place: that takes little more
-    than the products themselves, and an interrupt finds the batch in all of the sums or in none.
+    One matrix holds them all, ``sums = [X c]^T [X c R]``, whose columns c are, for each token, 1 or 0 for the
+    precision in which x came (float64, float32, less), 1 for the first of a batch, and ||r||. A batch enters by one
+    matrix product in place: that takes little more than the products themselves, and an interrupt finds it in all of
+    the sums or in none.
 
     Powers of two are taken out of X and R, exactly, so that inputs of any scale neither overflow nor vanish when they
     are squared: ``X^T X = 4^x_exponent gram``, ``X^T R = 2^(x_exponent + r_exponent) cross`` and
     ``||R||_F^2 = 4^r_exponent square``.
 
     Args:
-        sums: Shape (m1 + 3, m1 + 3 + m2), float64; changed in place by :meth:`add`.
+        sums: Shape (m1 + 5, m1 + 5 + m2), float64; changed in place by :meth:`add`.
         x_exponent: The power of two taken out of X: the multiple of 256 nearest to that of its largest entry so far,
             or the smallest, -1024, while X is zero.
         r_exponent: The same of R.
@@ -79,18 +80,31 @@ class LayerStatistics:
     @property
     def square(self) -> Float[Tensor, ""]:
         """s, shape (); a view."""
-        return self.sums[-1, self.in_features + 2]
+        return self.sums[-1, self.in_features + 4]
+
+    @property
+    def tokens_by_precision(self) -> tuple[int, int, int]:
+        """Rows whose x came in float64, in float32 and in less; the coarsest judges the rank."""
+        wide, single, less = (int(self.sums[self.in_features + i, self.in_features + i]) for i in range(3))
+        return wide, single, less
 
     @property
     def tokens(self) -> int:
         """Rows seen."""
-        m1 = self.in_features
-        return int(self.sums[m1, m1] + self.sums[m1 + 1, m1 + 1])
+        return sum(self.tokens_by_precision)
 
     @property
-    def single(self) -> bool:
-        """Whether some X came in float32 or below, so that ranks are judged by float32's rounding."""
-        return bool(self.sums[self.in_features + 1, self.in_features + 1] > 0)
+    def batches(self) -> int:
+        """Batches added, empty ones not counted."""
+        return int(self.sums[self.in_features + 3, self.in_features + 3])
+
+    @property
+    def rounding(self) -> float:
+        """How far a sum may be off, relative to the sum of the products' sizes: ``(4096 + batches) eps``.
+
+        A batch's products round like any sum here, and each addition of a batch costs at most one eps more.
+        """
+        return (4096 + self.batches) * torch.finfo(torch.float64).eps
 
     @classmethod
     def empty(cls, in_features: int, out_features: int, device: str | torch.device = "cpu") -> LayerStatistics:
@@ -146,18 +160,21 @@ class LayerStatistics:
         if X.shape[:-1] != R.shape[:-1]:
             raise ValueError(f"X and R must have as many tokens, got {tuple(X.shape[:-1])} and {tuple(R.shape[:-1])}")
         e, f = max(e, self.x_exponent), max(f, self.r_exponent)
-        vars(self).update(vars(self._at(e, f)))
+        vars(self).update(vars(self._at(e, f)))  # one step, so that an interrupt finds sums with their own exponents
         m = self.in_features + _BESIDE
         batch = self.sums.new_empty(len(x), self.sums.shape[1])
         batch[:, : m - _BESIDE] = x if e == 0 else times_power(x.double(), torch.tensor(-e, device=x.device))
         batch[:, m:] = r if f == 0 else times_power(r.double(), torch.tensor(-f, device=r.device))
-        wide = X.dtype == torch.float64
-        batch[:, m - 3], batch[:, m - 2] = float(wide), float(not wide)
+        batch[:, m - 5 : m - 1] = 0
+        batch[:, m - 5 + {torch.float64: 0, torch.float32: 1}.get(X.dtype, 2)] = 1
+        batch[:1, m - 2] = 1
         torch.linalg.vector_norm(batch[:, m:], dim=1, out=batch[:, m - 1])
         self.sums.addmm_(batch[:, :m].mT, batch)
 
     def _rows(self, name: str, tensor: Tensor, size: int) -> tuple[Shaped[Tensor, "tokens m"], int]:
         """A tensor's tokens as rows, if it fits, and the power of two to take out of them."""
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {getattr(tensor, 'layout', type(tensor).__name__)}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
         if tensor.ndim < 1 or tensor.shape[-1] != size:
@@ -189,36 +206,40 @@ class LayerStatistics:
     def _at(self, e: int, f: int) -> LayerStatistics:
         """The same sums for exponents at least as large as the present ones."""
         x, r = self.x_exponent - e, self.r_exponent - f
-        if x == r == 0 or not bool(self.sums.any()):
+        if x == r == 0 or not bool(self.sums.any()):  # zeros need no scaling: the first batch of every layer
             return LayerStatistics(self.sums, e, f)
-        powers = torch.tensor([x] * self.in_features + [0, 0] + [r] * (1 + self.out_features), device=self.sums.device)
+        powers = torch.tensor(
+            [x] * self.in_features + [0] * (_BESIDE - 1) + [r] * (1 + self.out_features), device=self.sums.device
+        )
         rows = powers[: len(self.sums), None]
         return LayerStatistics(times_power(times_power(self.sums, rows), powers), e, f)
 
     def reduce(self, rtol: float | None = None) -> ReducedProblem:
         """Coordinates of X and P_X R from one eigendecomposition of G: what all closed forms take.
 
-        With ``G = V S^2 V^T``, ``Y = S V^T`` and ``M = S^{-1} V^T C``. What is captured differs from the direct
-        computation's, at the same rtol, by at most the "streamed" tolerance times cond(X)^2 of what is captured, with
-        cond(X) taken over the singular values that are kept.
+        With ``G = V S^2 V^T``, ``Y = S V^T`` and ``M = S^{-1} V^T C``. What is captured, as a squared norm, differs
+        from the direct computation's at the same rtol by at most ``e ||R|| (||P_X R|| + e ||R||)``, with e the
+        "streamed" tolerance (and one eps more for each batch) times cond(X)^2 over the singular values that are kept.
 
         Args:
-            rtol: Singular values of X at or below ``rtol`` times the largest count as zero. By default the
-                "streamed rank" tolerance, or the "rank" tolerance of float32 where an input came in it.
+            rtol: Singular values of X at or below ``rtol`` times the largest count as zero. By default the square root
+                of :attr:`rounding`, or the "rank" tolerance of float32 where an input came in it.
 
         Returns:
             The reduced problem; its space has no basis.
 
         Raises:
-            ValueError: If rtol is below ``sqrt(eps)`` or not below 1, or nothing was added yet.
+            ValueError: If rtol is below ``sqrt(eps)`` or not below 1, nothing was added yet, or some X came in less
+                than float32 and no rtol is given: rounding such as bfloat16's 0.4% of every entry leaves no rank that
+                a default could find.
         """
+        _, single, less = self.tokens_by_precision
         if self.tokens == 0:
             raise ValueError("the statistics hold no tokens; add a batch first")
-        floor = math.sqrt(torch.finfo(torch.float64).eps)
-        default = max(tolerance("streamed rank").value, tolerance("rank", torch.float32).value if self.single else 0.0)
-        relative = default if rtol is None else rtol
-        if not floor <= relative < 1:
-            raise ValueError(f"rtol must be at least sqrt(eps) = {floor:.3g} and below 1, got {relative}")
+        if rtol is None and less:
+            raise ValueError(f"rtol must be given, such as 0.01: {less} tokens came in less precision than float32")
+        default = max(math.sqrt(self.rounding), tolerance("rank", torch.float32).value if single else 0.0)
+        relative, floor = default if rtol is None else require_rtol(rtol), math.sqrt(torch.finfo(torch.float64).eps)
         p, r = (torch.frexp(square).exponent.long() // 2 for square in (self.gram.diagonal().amax(), self.square))
         squares, V = torch.linalg.eigh(self.gram)
         squares = times_power(squares.flip(0), -2 * p)  # at unit scale, as R is by 2^-r
@@ -234,7 +255,16 @@ class LayerStatistics:
             target=M,
             outside=(times_power(self.square, -2 * r) - M.square().sum()).clamp(min=0),
             exponent=self.r_exponent + r,
+            rounding=self.rounding * largest / torch.where(kept, sigma, largest).amin(),
         )
+
+
+def require_rtol(rtol: float) -> float:
+    """The rtol of sums; raise ValueError unless it is at least ``sqrt(eps)``, which squares leave, and below 1."""
+    floor = math.sqrt(torch.finfo(torch.float64).eps)
+    if not floor <= rtol < 1:
+        raise ValueError(f"rtol must be at least sqrt(eps) = {floor:.3g} and below 1, got {rtol}")
+    return rtol
 
 
 def energy_rank(space: ColumnSpace, share: float = 0.99) -> int:
@@ -295,6 +325,9 @@ def _layer(sums: Tensor, exponents: Mapping[str, int]) -> LayerStatistics:
     """One layer as it was saved; ValueError where that cannot have been."""
     if sums.ndim != 2 or sums.dtype != torch.float64 or not _BESIDE < len(sums) < sums.shape[1]:
         raise ValueError(f"sums of shape {tuple(sums.shape)} and {sums.dtype}")
-    if not bool(sums.isfinite().all()):
-        raise ValueError("sums that are not finite")
+    if not bool(sums.isfinite().all()) or bool((sums.diagonal() < 0).any()):
+        raise ValueError("sums that are not finite, or of squares and negative")
+    for field in _EXPONENTS:
+        if exponents[field] not in range(_SMALLEST, -_SMALLEST + 1, _STEP) or isinstance(exponents[field], float):
+            raise ValueError(f"{field} {exponents[field]!r}")
     return LayerStatistics(sums, *(exponents[field] for field in _EXPONENTS))

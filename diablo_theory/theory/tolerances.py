@@ -50,19 +50,12 @@ def _conditioned(squared: bool) -> dict[torch.dtype, Tolerance]:
 
 _TABLE: dict[str, dict[torch.dtype, Tolerance]] = {
     "rank": _sums("singular values below this share of the largest count as zero, for the SVD's backward error"),
-    "streamed rank": {
-        torch.float64: Tolerance(
-            (4096 * _EPS[torch.float64]) ** 0.5,
-            "sqrt(4096 eps): sums of squares are off by up to 4096 eps of the largest, so singular values below the "
-            "root of that share of the largest are rounding.",
-        ),
-    },
     "streamed": {
         torch.float64: Tolerance(
             64 * _EPS[torch.float64],
             "64 eps, times cond(X)^2: rounding in sums over tokens adds up like a random walk, to at most 64 eps of "
-            "the largest eigenvalue of X^T X, which is cond(X)^2 times the smallest that is kept; relative to what is "
-            "captured.",
+            "the largest eigenvalue of X^T X, which is cond(X)^2 times the smallest that is kept; relative to "
+            "||R|| ||P_X R||.",
         ),
     },
     "gap": _conditioned(squared=True),

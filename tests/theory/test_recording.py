@@ -174,7 +174,7 @@ def test_a_llama_with_and_without_gradient_checkpointing(tiny_model, checkpointi
     sums = assert_gradients(model, batches, next_token, rtol=2e-5, layers=watched)
     assert len(sums) == 14
     assert {layer.tokens for layer in sums.values()} == {28}
-    assert all(layer.single for layer in sums.values())
+    assert all(layer.tokens_by_precision[0] == 0 < layer.tokens for layer in sums.values())
     assert record(model, batches, next_token)["lm_head"].tokens == 28
 
 
@@ -194,7 +194,7 @@ def test_low_precision_models():
     model = network(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), dtype=torch.bfloat16)
     batch = some(6, 5).bfloat16()
     sums = assert_gradients(model, [batch], square, rtol=2**-6)
-    assert all(layer.gram.dtype == torch.float64 and layer.single for layer in sums.values())
+    assert all(layer.gram.dtype == torch.float64 and layer.tokens_by_precision[0] == 0 for layer in sums.values())
 
 
 # Masks

@@ -19,7 +19,7 @@ from diablo_theory.theory.statistics import LayerStatistics, energy_rank, load_s
 from diablo_theory.theory.tolerances import tolerance
 
 SUMS = ("gram", "cross", "square")
-SCALARS = ("tokens", "x_exponent", "r_exponent", "single")
+SCALARS = ("tokens_by_precision", "batches", "x_exponent", "r_exponent")
 
 
 def whole_numbers(rows, cols, seed):
@@ -101,20 +101,20 @@ def test_leading_dimensions_are_tokens():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "single"),
+    ("dtype", "tokens"),
     [
-        (torch.float64, False),
-        (torch.float32, True),
-        (torch.float16, True),
-        (torch.bfloat16, True),
-        (torch.float8_e4m3fn, True),
+        (torch.float64, (300, 0, 0)),
+        (torch.float32, (0, 300, 0)),
+        (torch.float16, (0, 0, 300)),
+        (torch.bfloat16, (0, 0, 300)),
+        (torch.float8_e4m3fn, (0, 0, 300)),
     ],
 )
-def test_every_precision_is_summed_in_float64(dtype, single):
+def test_every_precision_is_summed_in_float64(dtype, tokens):
     X, R = gaussian(300, 5, seeded(0)).to(dtype), gaussian(300, 4, seeded(1)).to(dtype)
     sums = LayerStatistics.of([(X, R)])
     assert sums.gram.dtype == sums.cross.dtype == sums.square.dtype == torch.float64
-    assert sums.single is single
+    assert sums.tokens_by_precision == tokens
     for found, expected in zip(dense(sums), products(X, R), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-11)
 
@@ -123,10 +123,47 @@ def test_ranks_are_judged_by_the_least_precise_input():
     X, R = low_rank_inputs(30, 8, 3, seeded(0)), gaussian(30, 4, seeded(1))
     wide, narrow = LayerStatistics.of([(X, R)]), LayerStatistics.of([(X.float(), R)])
     nothing = LayerStatistics.of([(X, R), (X.float()[:0], R[:0])])
-    assert [bool(s.single) for s in (wide, narrow, wide.merge(narrow), nothing)] == [False, True, True, False]
+    assert wide.merge(narrow).tokens_by_precision == (30, 30, 0)
+    assert nothing.tokens_by_precision == (30, 0, 0)
     assert wide.reduce().space.rank == narrow.reduce().space.rank == 3
     assert wide.merge(narrow).reduce().space.cutoff > 100 * wide.reduce().space.cutoff
     assert narrow.reduce(rtol=1e-7).space.rank == column_space(X.float().double(), rtol=1e-7).rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_coarser_inputs_have_no_rank_by_default(dtype):
+    X = low_rank_inputs(400, 16, 3, seeded(0)).to(dtype)
+    sums = LayerStatistics.of([(X, gaussian(400, 4, seeded(1)))])
+    with pytest.raises(ValueError, match=r"rtol must be given, such as 0\.01: 400 tokens came in less precision than"):
+        sums.reduce()
+    assert sums.reduce(rtol=0.1).space.rank == 3
+
+
+def test_additions_that_round_one_way_do_not_add_a_direction():
+    """A constant token: each addition rounds alike, so the error grows with the additions, and so must the cutoff."""
+    x, r, count = torch.tensor([0.1, 0.3, 0.7]).double(), torch.ones(1).double(), 200_000
+    sums = LayerStatistics.of([(x, r)])
+    row = torch.cat([x, torch.tensor([1, 0, 0, 1, 1]).double(), r])[None]  # what `add` makes of the token
+    assert torch.equal(sums.sums, row[:, :8].mT @ row)
+    for _ in range(count - 1):
+        sums.sums.addmm_(row[:, :8].mT, row)
+    assert sums.batches == sums.tokens == count
+    drift = (sums.gram / (count * torch.outer(x, x)) - 1).abs().max()
+    assert 4096 * 2**-52 < drift < sums.rounding
+    assert sums.reduce(rtol=math.sqrt(4096 * 2**-52)).space.rank == 2
+    assert sums.reduce().space.rank == 1
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 5e5])
+def test_residuals_beside_the_inputs_leave_nothing_to_capture(condition):
+    """R orthogonal to col X: what sums and direct coordinates capture of it is rounding, and no share of it counts."""
+    X = low_rank_inputs(60, 12, 12, seeded(0), condition)
+    basis, draw = torch.linalg.qr(X).Q, gaussian(60, 5, seeded(1))
+    R = draw - basis @ (basis.mT @ draw)
+    R = R - basis @ (basis.mT @ R)
+    layout, A, B = BlockLayout(12, 5, 3), gaussian(12, 2, seeded(2)), gaussian(2, 5, seeded(3))
+    for problem in (LayerStatistics.of([(X, R)]).reduce(), reduce_problem(problem_of(X, R))):
+        assert {float(optimum.relative_gap) for optimum in figures(problem, layout, A, B).values()} == {0.0}
 
 
 def test_a_data_loader_serves():
@@ -140,7 +177,7 @@ def test_memory_does_not_grow_with_tokens():
     for rows in (1, 10, 1000):
         sums.add(gaussian(rows, 6, seeded(rows)), gaussian(rows, 4, seeded(rows + 1)))
         held = [value for value in vars(sums).values() if isinstance(value, torch.Tensor)]
-        assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 8 * (6 + 3) * (6 + 3 + 4)
+        assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 8 * (6 + 5) * (6 + 5 + 4)
 
 
 def test_gradients_of_the_inputs_are_not_kept():
@@ -221,8 +258,8 @@ def test_ranks_the_premise_and_the_certificate_agree_with_the_direct_ones(case, 
     X = low_rank_inputs(*X.shape, rank, seeded(rank)) if rank < min(X.shape) else X
     layout = BlockLayout(X.shape[1], R.shape[1], data.draw(st.integers(1, max(X.shape[1], R.shape[1]))))
     sums = merged(X, R, sizes, picks)
-    streamed, space = sums.reduce(), column_space(X, tolerance("streamed rank").value)
-    assert streamed.space.rank == space.rank == np.linalg.matrix_rank(X.numpy(), rtol=tolerance("streamed rank").value)
+    streamed, space = sums.reduce(), column_space(X, math.sqrt(sums.rounding))
+    assert streamed.space.rank == space.rank == np.linalg.matrix_rank(X.numpy(), rtol=math.sqrt(sums.rounding))
     found, expected = premise_of(streamed.space, layout), premise_of(space, layout)
     spectra = [
         torch.linalg.svdvals(space.group(layout, i)) for i in range(layout.count) if space.group(layout, i).numel()
@@ -246,7 +283,7 @@ def test_ranks_the_premise_and_the_certificate_agree_with_the_direct_ones(case, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("decades", [-1.0, -0.01, 0.01, 1.0])
 def test_near_deficient_inputs_are_decided_by_the_cutoff(dtype, decades):
-    cutoff = tolerance("streamed rank").value if dtype == torch.float64 else tolerance("rank", torch.float32).value
+    cutoff = (4097 * 2**-52) ** 0.5 if dtype == torch.float64 else tolerance("rank", torch.float32).value
     Z = torch.linalg.qr(gaussian(50, 3, seeded(0))).Q
     X = Z @ torch.diag(torch.tensor([1.0, 0.5, cutoff * 10**decades], dtype=torch.float64))
     decision = LayerStatistics.of([(X.to(dtype), gaussian(50, 2, seeded(1)))]).reduce().space.decision
@@ -448,6 +485,12 @@ def bad(value):
         (torch.zeros(6, 5), torch.zeros(7, 4), ValueError, r"as many tokens, got \(6,\) and \(7,\)"),
         (torch.zeros(2, 3, 5), torch.zeros(6, 4), ValueError, r"as many tokens, got \(2, 3\) and \(6,\)"),
         (torch.zeros(6, 5).int(), torch.zeros(6, 4), TypeError, "X must hold floating-point numbers, got torch.int32"),
+        (
+            torch.ones(6, 5).to_sparse(),
+            torch.zeros(6, 4),
+            TypeError,
+            r"X must be a dense tensor, got torch\.sparse_coo",
+        ),
         (torch.zeros(6, 5).bool(), torch.zeros(6, 4), TypeError, "X must hold floating-point numbers, got torch.bool"),
         (torch.zeros(6, 5), torch.zeros(6, 4).cfloat(), TypeError, "R must hold floating.* got torch.complex64"),
         (
@@ -644,7 +687,9 @@ def test_a_file_of_another_kind_is_named(tmp_path, metadata):
         torch.zeros(5, 5).double(),
         torch.zeros(3, 7).double(),
         torch.zeros(5, 7),
-        torch.full((5, 7), math.nan).double(),
+        torch.zeros(8, 9),
+        torch.full((8, 9), math.nan).double(),
+        -torch.eye(8, 9).double(),
     ],
 )
 @pytest.mark.usefixtures("unannotated")
@@ -652,6 +697,15 @@ def test_sums_that_no_layer_has_are_named(tmp_path, sums):
     path = tmp_path / "sums.safetensors"
     save_statistics(path, {"a": LayerStatistics(sums)})
     with pytest.raises(ResultsError, match=r"sums\.safetensors is truncated or damaged \(sums .*\); write it again"):
+        load_statistics(path)
+
+
+@pytest.mark.usefixtures("unannotated")
+@pytest.mark.parametrize("exponent", ["0", None, 0.0, 3, 1280, True])
+def test_exponents_that_no_layer_has_are_named(tmp_path, exponent):
+    path = tmp_path / "sums.safetensors"
+    save_statistics(path, {"a": LayerStatistics(LayerStatistics.empty(2, 2).sums, 0, exponent)})
+    with pytest.raises(ResultsError, match=r"sums\.safetensors is truncated or damaged \(r_exponent .*\); write it"):
         load_statistics(path)
 
 
