@@ -42,7 +42,8 @@ def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame) -> str:
     """README's text with the tables of the saved results renewed."""
     words = readable(tables)
     results = "\n".join(markdown(words[name]) for name in IN_README if name in words)
-    where = "\n".join(sorted({f"Measured on {where}." for where in speeds["where"]}))
+    places = speeds[["cpu", "threads", "torch"]].drop_duplicates().itertuples(index=False)
+    where = "\n".join(f"Measured on {cpu}, {threads} threads, torch {torch}." for cpu, threads, torch in places)
     speed = f"{markdown(readable_speeds(speeds))}\n{where}\n"
     return with_section(with_section(readme, "paper_results/reproduced", results), "paper_results/speed", speed)
 

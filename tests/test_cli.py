@@ -218,10 +218,12 @@ def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, small_diagnosis
     assert status == 0
     assert "0.q_proj" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
-        *("layers.csv", "captures.csv", "statistics.safetensors", "diagnose.json", "captures.pdf", "captures.png")
+        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.png"),
+        *("diagnose.json", "statistics.json"),
     }
     assert len(pd.read_csv(tmp_path / "here/layers.csv")) == 5
-    assert json.loads((tmp_path / "here/diagnose.json").read_text())["options"]["blocks"] == "6"
+    assert json.loads((tmp_path / "here/diagnose.json").read_text())["blocks"] == 6
+    assert json.loads((tmp_path / "here/statistics.json").read_text())["task"] == "word_problems"
 
 
 def test_diagnose_goes_on_from_saved_statistics_without_the_model(shell, tmp_path, small_diagnosis, monkeypatch):
@@ -257,7 +259,7 @@ def test_what_was_recorded_outlives_a_failure_after_it(shell, tmp_path, small_di
     monkeypatch.setattr(diagnose, "diagnose_layers", refuses)
     status, _, err = shell(*small_diagnosis, "--blocks", "6", "--out", "here")
     assert (status, err) == (1, "error: something does not fit\n")
-    assert [path.name for path in (tmp_path / "here").iterdir()] == ["statistics.safetensors"]
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"statistics.safetensors", "statistics.json"}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,9 @@ def test_speed_measures_a_small_layer(shell, tmp_path):
     status, out, _ = shell("speed", "layer", "--width", "128", "--tokens", "4096", "--out", "here")
     assert status == 0
     assert "peak memory" in out
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"layer.csv", "layer.json"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"layer.csv"}
     assert set(read_speeds(tmp_path / "here")["benchmark"]) == {"layer"}
     assert "unknown benchmark 'layers'. Did you mean 'layer'?" in shell("speed", "layers")[2]
-    assert "tokens must be a multiple of batch = 2048, at least 4096, got 5" in shell("speed", "--tokens", "5")[2]
+    assert (
+        "tokens must be a multiple of batch = 2048, at least 4096, got 5000" in shell("speed", "--tokens", "5000")[2]
+    )

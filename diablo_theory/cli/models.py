@@ -119,6 +119,10 @@ def tune(
     console.print(learning_rate_table(rows))
 
 
+#: Options of diagnose that say what to record.
+_RECORDING = ("model", "task", "items", "modules", "depths", "device")
+
+
 @app.command()
 def diagnose(
     context: typer.Context,
@@ -155,8 +159,8 @@ def diagnose(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for layers.csv, captures.csv, statistics.safetensors, the figure, and diagnose.json "
-            "(options, versions, hardware)."
+            help="Folder for layers.csv, captures.csv, statistics.safetensors, the figure, and two JSON files that "
+            "say how sums and tables were made."
         ),
     ] = None,
 ) -> None:
@@ -186,7 +190,7 @@ def diagnose(
             require_rtol(rtol)
     board, size = Board(console), 8
     if statistics is not None:
-        for name in ("model", "task", "items", "modules", "depths", "device"):
+        for name in _RECORDING:
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 raise typer.BadParameter(f"--{name} says what to record: leave it out with --statistics")
@@ -205,15 +209,17 @@ def diagnose(
             sums = diagnosis.record_layers(loaded, examples, layers, size, lambda _: advance(1))
         if out is not None:
             save_statistics(out / "statistics.safetensors", sums)
+            chosen = {name: context.params[name] for name in _RECORDING}
+            write_json(out / "statistics.json", chosen | provenance(pick_device(device)))
     with board.piece("captures and certificates", len(sums)) as advance, options_checked():
         found, table = diagnosis.diagnose_layers(sums, blocks, network, rtol, progress=lambda _: advance(1))
     console.print(layer_table(table))
     if out is not None:
         write_with(out / "layers.csv", lambda path: table.to_csv(path, index=False))
         write_with(out / "captures.csv", lambda path: found.to_csv(path, index=False))
-        options = {name: str(value) for name, value in context.params.items() if value is not None}
-        write_json(out / "diagnose.json", {"options": options} | provenance(pick_device(device)))
-        recorded = [out / "statistics.safetensors"] if statistics is None else []
+        diagnosed = {"blocks": blocks, "rtol": rtol, "statistics": statistics and str(statistics)}
+        write_json(out / "diagnose.json", diagnosed | provenance(next(iter(sums.values())).sums.device))
+        recorded = [out / name for name in ("statistics.safetensors", "statistics.json")] if statistics is None else []
         files = [*recorded, out / "layers.csv", out / "captures.csv", out / "diagnose.json"]
         wrote([*files, *save(capture_figure(found), out, "captures")])
 

@@ -128,9 +128,9 @@ def speed(
         list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help="map, layer, growth; all without one.")
     ] = None,
     width: Annotated[int, typer.Option(min=128, help="Inputs and outputs of the layer.")] = 4096,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the layer, in batches of 2048.")] = 65_536,
+    tokens: Annotated[int, typer.Option(min=4096, help="Tokens of the layer, a multiple of 2048.")] = 65_536,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for a CSV and a JSON file (versions, hardware) of each benchmark.")
+        Path | None, typer.Option(help="Folder for a CSV file of each benchmark, with versions and hardware.")
     ] = None,
 ) -> None:
     """Time the closed forms: 10,000 cells against a plain scipy loop, a layer of a 7B model, and how time grows.
@@ -144,11 +144,11 @@ def speed(
 
     from diablo_theory import speed as benchmarks
     from diablo_theory.errors import ConfigError, nearest
-    from diablo_theory.files import write_json, write_with
+    from diablo_theory.files import write_with
     from diablo_theory.provenance import provenance
-    from diablo_theory.reporting.speeds import speed_table
+    from diablo_theory.reporting.speeds import PROVENANCE, speed_table
 
-    with options_checked():
+    with options_checked("--tokens"):
         benchmarks.require_batches(tokens)
     known = {
         "map": lambda tell: benchmarks.map_against_loop(progress=tell),
@@ -163,10 +163,10 @@ def speed(
             lines = known[name](lambda text, name=name, status=status: status.update(f"{name}: {text}"))
         console.print(speed_table(lines))
         if out is not None:
-            files = [out / f"{name}.csv", out / f"{name}.json"]
-            write_json(files[1], provenance(torch.device("cpu")))
-            write_with(files[0], partial(lines.to_csv, index=False))
-            wrote(files)
+            here = provenance(torch.device("cpu"))
+            lines = lines.assign(**{key: here[key] for key in PROVENANCE})
+            write_with(out / f"{name}.csv", partial(lines.to_csv, index=False))
+            wrote([out / f"{name}.csv"])
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -66,11 +66,9 @@ def layer_table(layers: pd.DataFrame) -> Table:
         captures = [
             f"{100 * row[f'capture_{name}']:.0f}%" for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")
         ]
-        leak = row["leak"] / row["grad_full"] if row["grad_full"] else 0.0
         holds = "holds" if row["premise_holds"] else "fails"
-        table.add_row(
-            _short(row["layer"]), str(row["block_rows"]), str(row["energy_rank"]), holds, *captures, f"{leak:.2f}"
-        )
+        sizes = str(row["block_rows"]), str(row["energy_rank"])
+        table.add_row(_short(row["layer"]), *sizes, holds, *captures, f"{row['leak_share']:.2f}")
     table.caption = (
         "rank 99%: directions that hold 99% of the inputs' energy; premise: every X_i has the rank of X; percentages: "
         "captured of what full fine-tuning of the layer captures; leak share: S3's leak over the full gradient"

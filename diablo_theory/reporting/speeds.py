@@ -8,21 +8,22 @@ import pandas as pd
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.files import read_json
 
 BENCHMARKS = ("map", "layer", "growth")
 """In the order in which they are run and shown."""
 COLUMNS = ("benchmark", "quantity", "value", "low", "high", "unit", "n", "setting", "aim")
+PROVENANCE = ("package_version", "commit", "dirty", "cpu", "threads", "torch")
+"""What each line of a saved benchmark says of where it was made, beside ``COLUMNS``."""
 
 
 def read_speeds(folder: Path) -> pd.DataFrame:
     """The measures that ``diablo-theory speed --out`` wrote, benchmark by benchmark, with where they were made.
 
     Args:
-        folder: With a CSV and a JSON file for each benchmark that was run.
+        folder: With a CSV file for each benchmark that was run.
 
     Returns:
-        Columns ``COLUMNS`` and "where", the processor with its threads, and the version of torch.
+        Columns ``COLUMNS`` and ``PROVENANCE``.
 
     Raises:
         ResultsError: If there is none, or a file is damaged or of another kind.
@@ -36,10 +37,9 @@ def read_speeds(folder: Path) -> pd.DataFrame:
             lines = pd.read_csv(path, keep_default_na=False)
         except (ValueError, OSError) as error:
             raise ResultsError(f"{path} cannot be read ({error}); run `diablo-theory speed {name}` again") from error
-        if tuple(lines.columns) != COLUMNS:
-            raise ResultsError(f"{path} has columns {list(lines.columns)}, expected {list(COLUMNS)}")
-        made = read_json(path.with_suffix(".json"))
-        found.append(lines.assign(where=f"{made['cpu']}, {made['threads']} threads, torch {made['torch']}"))
+        if tuple(lines.columns) != COLUMNS + PROVENANCE:
+            raise ResultsError(f"{path} has columns {list(lines.columns)}, expected {[*COLUMNS, *PROVENANCE]}")
+        found.append(lines)
     if not found:
         raise ResultsError(f"{folder} holds no benchmark; `diablo-theory speed --out {folder}` makes them")
     return pd.concat(found, ignore_index=True)

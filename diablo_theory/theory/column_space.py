@@ -24,8 +24,9 @@ class RankDecision:
 
     Args:
         rank: Singular values above the cutoff, shape (...).
-        margin: Decades (log10) between the cutoff and the nearest singular value on either side; values below
-            eps of the scale are rounding noise and count as eps. At least 0; near 0 the rank is a coin's toss.
+        margin: Decades (log10) between the cutoff and the nearest singular value on either side; values below the
+            noise (eps of the largest, or its root where sums of squares were decomposed) count as the noise. At least
+            0; near 0 the rank is a coin's toss.
     """
 
     rank: Int[Tensor, "*batch"]

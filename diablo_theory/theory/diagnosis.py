@@ -146,8 +146,8 @@ def certificate_row(sums: LayerStatistics, problem: ReducedProblem, num_blocks: 
     Returns:
         in_features, out_features, tokens, num_blocks, block_rows, rank, energy_rank (of 99% of ``||X||_F^2``),
         premise_holds, premise_margin (decades), grad_full, grad_blocks, amplification, leak, bound
-        (amplification * grad_blocks + leak) and tightness (grad_full / bound, at most 1 up to rounding; 1 where both
-        are zero).
+        (amplification * grad_blocks + leak), tightness (grad_full / bound, at most 1 up to rounding; 1 where both are
+        zero) and leak_share (leak / grad_full, 0 where both are zero).
 
     Raises:
         ValueError: If num_blocks does not fit the layer.
@@ -173,5 +173,6 @@ def certificate_row(sums: LayerStatistics, problem: ReducedProblem, num_blocks: 
         "amplification": found.amplification,
         "leak": found.leak,
         "bound": found.bound,
-        "tightness": found.grad_full / found.bound if found.bound > 0 else 1.0,
+        "tightness": found.tightness,
+        "leak_share": found.leak_share,
     }

@@ -38,7 +38,8 @@ class Grid:
     Args:
         ranks: Ranks of X, each from 1 to min(rows, size).
         block_counts: N, each from 1 to max(size, outputs). At N = size the budget buys LoRA no rank at all.
-        conditions: Conditioning of X, each at least 1.
+        conditions: Conditioning of X, each from 1 to 1e6: a group of columns is worse conditioned than X, and beyond
+            that float64 can take its smallest directions for rounding.
         target: One of ``problems.TARGETS``, what the residual is made from.
         target_ranks: Ranks of a "low-rank" target; other targets take one value, whatever it is.
         noises: ``||E|| / ||X dW*||``; other than 0 for targets made from an update only.
@@ -76,7 +77,7 @@ class Grid:
         limits: dict[str, tuple[float, float]] = {
             "ranks": (1, min(self.rows, self.size)),
             "block_counts": (1, max(self.size, self.outputs)),
-            "conditions": (1, 1e12),
+            "conditions": (1, 1e6),
             "target_ranks": (1, min(self.size, self.outputs)),
             "noises": (0, 1e12),
         }
@@ -129,7 +130,7 @@ def map_cells(*, rank: int, condition: float, **shared: Any) -> list[Cell]:
     Returns:
         One flat record a cell: rank_x, condition, target, target_rank, noise, num_blocks, block_rows, diablo_params,
         lora_rank, lora_params, frozen_rank, frozen_params, diablo_gap, lora_gap, frozen_gap (LoRA with a frozen
-        Gaussian A) and in_theorem (whether every block has at least rank_x rows).
+        usual random A) and in_theorem (whether every block has at least rank_x rows).
 
     Source: theory.md, L2, L4, L5, L6.
     """

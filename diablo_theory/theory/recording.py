@@ -6,6 +6,7 @@ loss asks for. Nothing but one batch is kept in memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -61,7 +62,8 @@ def record(
         model: Any module.
         batches: What ``loss`` takes, one after another, such as a DataLoader.
         loss: Of the model and a batch, a scalar. The functional gradient is that of the sum over batches.
-        layers: Names of the ``nn.Linear`` layers to watch; all by default.
+        layers: Names of the ``nn.Linear`` layers to watch. By default all that a token meets on the way to the loss;
+            a warning names the others, such as those that a module reads the weights of without calling them.
         keep: Of a batch, a boolean mask of the leading shape of the layers' inputs: which tokens count (leave padding
             out). All by default.
         progress: Called with the number of batches after each.
@@ -93,9 +95,12 @@ def record(
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
     sums = recorder.sums
-    if unused := [name for name in watched if name not in sums or not sums[name].tokens]:
-        raise ValueError(f"no token on the way to the loss met the layers {unused}; leave them out of layers")
-    return {name: sums[name] for name in watched}
+    met = [name for name in watched if name in sums and sums[name].tokens]
+    if unused := [name for name in watched if name not in met]:
+        if layers is not None or not met:
+            raise ValueError(f"no token on the way to the loss met the layers {unused}; leave them out of layers")
+        warnings.warn(f"no token on the way to the loss met the layers {unused}; they are left out", stacklevel=2)
+    return {name: sums[name] for name in met}
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class RankPremise:
         block_ranks: rank X_i, one for each group with outputs.
         holds: Whether all of them equal rank X.
         margin: ``min_i log10(sigma_r(X_i) / cutoff)`` with r = rank X, in decades: positive where the premise holds,
-            negative where it fails; singular values under eps ||X||_2, and missing ones, count as eps ||X||_2. Where
-            X has rank 0 the premise holds with the widest margin, log10(cutoff / (eps ||X||_2)).
+            negative where it fails; singular values under the noise (see :class:`ColumnSpace`), and missing ones,
+            count as the noise. Where X has rank 0 the premise holds with the widest margin, log10(cutoff / noise).
     """
 
     rank: int
@@ -50,12 +50,16 @@ class Certificate:
         amplification: ``max_i ||C_i||_2`` with ``C_i = X_i^+ X``.
         leak: ``(sum_i ||(X - X_i C_i)^T g_{Y_i}||_F^2)^{1/2}``, where ``X - X_i C_i = (I - P_{X_i}) X``; where the
             premise holds, zero up to rounding and to what lies below the rank decision's cutoff.
+        tightness: ``grad_full`` over the bound, at most 1 up to rounding; 1 where both are zero. Free of units.
+        leak_share: ``leak`` over ``grad_full``, 0 where both are zero. Free of units.
     """
 
     grad_full: float
     grad_blocks: float
     amplification: float
     leak: float
+    tightness: float
+    leak_share: float
 
     @property
     def bound(self) -> float:
@@ -160,11 +164,15 @@ def certificate_of(
             amplification = torch.maximum(amplification, torch.linalg.matrix_norm(C_i, 2))
         blocks = blocks + own.square().sum()
         leak = leak + (gradient[:, cols] - C_i.mT @ own).square().sum()
+    full, blocks, leak = torch.linalg.matrix_norm(gradient), blocks.sqrt(), leak.sqrt()
+    bound = amplification * blocks + leak
     return Certificate(
-        grad_full=float(times_power(torch.linalg.matrix_norm(gradient), exponent)),
-        grad_blocks=float(times_power(blocks.sqrt(), exponent)),
+        grad_full=float(times_power(full, exponent)),
+        grad_blocks=float(times_power(blocks, exponent)),
         amplification=float(amplification),
-        leak=float(times_power(leak.sqrt(), exponent)),
+        leak=float(times_power(leak, exponent)),
+        tightness=float(full / bound) if bound > 0 else 1.0,
+        leak_share=float(leak / full) if full > 0 else 0.0,
     )
 
 

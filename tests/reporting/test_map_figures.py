@@ -129,6 +129,6 @@ def test_captures_are_drawn_where_they_are():
 
 def test_the_layer_table_survives_a_layer_without_a_gradient():
     row = {"layer": "model.layers.0.mlp.up_proj", "block_rows": 9, "energy_rank": 30, "premise_holds": False}
-    row |= {"leak": 0.0, "grad_full": 0.0}
+    row |= {"leak_share": 0.0}
     row |= {f"capture_{name}": 0.25 for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")}
     assert "0.up_proj" in rendered(layer_table(pd.DataFrame([row])))

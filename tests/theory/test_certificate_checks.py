@@ -23,6 +23,12 @@ def test_neither_premise_holds_anywhere():
         assert make(seeded(0)).truth == Truth(inputs=False, gradients=False)
 
 
+@pytest.mark.parametrize("seed", range(3, 9))
+def test_no_control_passes_by_chance_in_float32(seed):
+    table = run_checks(["S3"], trials=5, seed=seed, arithmetic=Arithmetic(torch.float32))
+    assert table.passed.all(), table[~table.passed]
+
+
 @pytest.mark.parametrize("leak", [False, True])
 def test_the_excess_is_what_the_certificate_s_numbers_say(leak):
     problem = mlp_problem((9, 7, 5), (3, 2), 24, seeded(0))

@@ -22,7 +22,17 @@ from diablo_theory.theory.statistics import LayerStatistics
 
 CERTIFICATE_COLUMNS = [
     *("layer", "in_features", "out_features", "tokens", "num_blocks", "block_rows", "rank", "energy_rank"),
-    *("premise_holds", "premise_margin", "grad_full", "grad_blocks", "amplification", "leak", "bound", "tightness"),
+    *(
+        "premise_holds",
+        "premise_margin",
+        "grad_full",
+        "grad_blocks",
+        "amplification",
+        "leak",
+        "bound",
+        "tightness",
+        "leak_share",
+    ),
 ]
 
 
@@ -249,7 +259,8 @@ def test_certificates_are_those_of_the_recorded_tensors():
         assert (row["rank"], row["premise_holds"]) == (premise.rank, premise.holds)
         squares = np.linalg.svd(X.numpy(), compute_uv=False) ** 2
         assert row["energy_rank"] == np.argmax(np.cumsum(squares) >= 0.99 * squares.sum()) + 1
-        assert row["tightness"] == row["grad_full"] / row["bound"]
+        assert row["tightness"] == pytest.approx(row["grad_full"] / row["bound"], rel=1e-14)
+        assert row["leak_share"] == pytest.approx(row["leak"] / row["grad_full"], rel=1e-14)
     weights = [layer.weight.grad for layer in model.layers]
     assert found["grad_full"].tolist() == pytest.approx([float(grad.norm()) for grad in weights], rel=1e-10)
 
@@ -294,6 +305,17 @@ def test_the_bound_holds_of_the_whole_gradient_at_any_cutoff(layer, decades, out
 def test_gradients_that_vanish_meet_the_bound():
     row = certificates({"dead": LayerStatistics.of([(torch.ones(4, 6), torch.zeros(4, 5))])}, 2).iloc[0]
     assert (row["grad_full"], row["bound"], row["tightness"]) == (0.0, 0.0, 1.0)
+    assert row["leak_share"] == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_shares_are_free_of_units_where_float64_cannot_hold_the_norms(scale):
+    X, R = gaussian(12, 6, seeded(0)), gaussian(12, 5, seeded(1))
+    plain, far = (certificates({"fc": LayerStatistics.of([(X * s, R * s)])}, 3).iloc[0] for s in (1.0, scale))
+    assert far["grad_full"] == (math.inf if scale > 1 else 0.0)
+    assert 0.1 < plain["tightness"] < 1
+    assert far["tightness"] == pytest.approx(plain["tightness"], rel=1e-9)
+    assert far["leak_share"] == pytest.approx(plain["leak_share"], rel=1e-9)
 
 
 def test_certificates_name_what_does_not_fit():

@@ -132,8 +132,8 @@ def test_a_cell_depends_on_its_coordinates_and_the_seed_only():
         ({"ranks": [65]}, "ranks must lie from 1 to 64, got 65"),
         ({"ranks": []}, "ranks must hold at least one value"),
         ({"block_counts": [65]}, "block_counts must lie from 1 to 64, got 65"),
-        ({"conditions": [0.5]}, "conditions must lie from 1 to 1e.12, got 0.5"),
-        ({"conditions": [float("nan")]}, "conditions must lie from 1 to 1e.12, got nan"),
+        ({"conditions": [0.5]}, "conditions must lie from 1 to 1e.06, got 0.5"),
+        ({"conditions": [float("nan")]}, "conditions must lie from 1 to 1e.06, got nan"),
         ({"target": "low-rank", "target_ranks": [65]}, "target_ranks must lie from 1 to 64, got 65"),
         ({"target_ranks": [1, 2]}, "target_ranks must hold one value unless target is 'low-rank'"),
         ({"noises": [0.1]}, "noises must be 0 for target 'generic', which has no signal"),
@@ -193,6 +193,15 @@ def test_what_holds_of_every_cell(layout, target, rows, data):
         assert cell["lora_gap"] <= tolerance("gap").value
     if target == "block-aligned" and not cell["noise"]:
         assert cell["diablo_gap"] <= tolerance("gap").value
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_worst_conditioning_that_is_allowed_blurs_no_region(seed):
+    grid = Grid(ranks=[4, 8, 16, 32], block_counts=[1, 2, 4, 8], conditions=[1e6], draws=1, seed=seed)
+    cells = pd.DataFrame([cell for task in grid.tasks() for cell in map_cells(**task)])
+    within = cells[cells["in_theorem"]]
+    assert within[["diablo_gap", "frozen_gap"]].max(axis=None) < 1e-12
+    assert (cells[~cells["in_theorem"]]["diablo_gap"] > 1e-3).all()
 
 
 def test_an_unknown_target_names_the_nearest():

@@ -40,7 +40,9 @@ class Mutant:
 
 OPTIMA, LAWS = "theory/test_optima.py", "theory/test_optima_laws.py"
 SPACES, STATIONARITY = "theory/test_column_space.py", "theory/test_stationarity.py"
-STATISTICS = "theory/test_statistics.py"
+STATISTICS, MEASURES = "theory/test_statistics.py", "theory/test_measures.py"
+STARTS, CURVATURE = "theory/test_starts.py", "theory/test_curvature.py"
+PARAMETRISATIONS = "theory/test_parametrisations.py"
 REDUCTION, PROBLEMS, MAPS = "theory/test_reduction.py", "theory/test_problems.py", "theory/test_maps.py"
 
 MUTANTS = [
@@ -347,6 +349,86 @@ MUTANTS = [
         MAPS,
         "plain_loop",
         "LoRA spends a frozen A's budget",
+    ),
+    Mutant(
+        "theory/measures.py",
+        "all(rank.holds for rank in ranks)",
+        "any(rank.holds for rank in ranks)",
+        MEASURES,
+        "every_layer",
+        "one layer that meets the premise is enough",
+    ),
+    Mutant(
+        "theory/measures.py",
+        "for sign in (1, -1)",
+        "for sign in (1,)",
+        MEASURES,
+        "linear_or_not",
+        "an affine output counts as linear",
+    ),
+    Mutant(
+        "theory/starts.py",
+        'return Start("pissa", U * root, root[:, None] * Vh)',
+        'return Start("pissa", U * sigma, root[:, None] * Vh)',
+        STARTS,
+        "pissa_is",
+        "PiSSA's A takes the singular values whole",
+    ),
+    Mutant(
+        "theory/starts.py",
+        'return Start("lora-ga", U[:, :rank], Vh[rank:])',
+        'return Start("lora-ga", U[:, :rank], Vh[:rank])',
+        STARTS,
+        "lora_ga",
+        "LoRA-GA's B opens the directions that A opens",
+    ),
+    Mutant(
+        "theory/starts.py",
+        "squares.pow(-2), 0.0)",
+        "squares.pow(-1), 0.0)",
+        STARTS,
+        "corda_is",
+        "CorDA is taken back through G^(1/2)",
+    ),
+    Mutant(
+        "theory/curvature.py",
+        "_squares(space, space.group(layout, i), 1.0, cols.stop - cols.start)",
+        "_squares(space, space.group(layout, i), 1.0, 1)",
+        CURVATURE,
+        "closed_forms_are",
+        "each output of a block has no curvature of its own",
+    ),
+    Mutant(
+        "theory/curvature.py",
+        "sigma[sigma > 0].square()",
+        "sigma[sigma > 0]",
+        CURVATURE,
+        "closed_forms_are",
+        "curvature is the singular value, not its square",
+    ),
+    Mutant(
+        "theory/parametrisations.py",
+        "theta[cut:].reshape(B.shape) - offset",
+        "theta[cut:].reshape(B.shape)",
+        PARAMETRISATIONS,
+        "starts_at_the_frozen or dense_product",
+        "a start's product is not taken out of the weight",
+    ),
+    Mutant(
+        "theory/recording.py",
+        "self._add(name, X, -gradient)",
+        "self._add(name, X, gradient)",
+        "theory/test_recording.py",
+        "uses_of_one_layer",
+        "R is the gradient, not the change that lowers the loss",
+    ),
+    Mutant(
+        "theory/diagnosis.py",
+        "frozen, optima.frozen_lora_optimum(problem, A, minimiser=False)",
+        "frozen, optima.frozen_lora_optimum(problem, A[:, 1:], minimiser=False)",
+        "theory/test_diagnosis.py",
+        "dense_least_squares",
+        "the frozen A has a rank less than it says",
     ),
 ]
 
