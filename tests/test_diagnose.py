@@ -117,6 +117,13 @@ def test_without_the_model_only_the_starts_that_look_at_its_weights_are_missing(
     pd.testing.assert_frame_equal(same, table)
 
 
+def test_a_seed_draws_loras_factors_and_nothing_else(sums):
+    one, two = (diagnose.diagnose_layers(sums, 6, seed=seed)[1] for seed in (0, 1))
+    drawn = ["capture_lora_tangent", "capture_lora_frozen"]
+    assert (one[drawn] != two[drawn]).all(axis=None)
+    pd.testing.assert_frame_equal(one.drop(columns=drawn), two.drop(columns=drawn))
+
+
 def test_a_cutoff_that_is_higher_keeps_fewer_directions(sums):
     usual, high = (diagnose.diagnose_layers(sums, 6, rtol=rtol)[1]["rank"] for rtol in (None, 0.1))
     assert (high < usual).all()

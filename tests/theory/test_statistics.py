@@ -381,6 +381,7 @@ def test_inputs_of_zeros_have_rank_zero_and_capture_nothing():
     R = gaussian(9, 4, seeded(0))
     problem = LayerStatistics.of([(torch.zeros(9, 6).double(), R)]).reduce()
     assert (int(problem.space.rank), float(problem.captured), energy_rank(problem.space)) == (0, 0.0, 0)
+    assert float(problem.space.decision.margin) == pytest.approx(math.log10(4097**0.5))  # from the noise to the cutoff
     for optimum in figures(
         problem, BlockLayout(6, 4, 2), gaussian(6, 2, seeded(1)), gaussian(2, 4, seeded(2))
     ).values():
