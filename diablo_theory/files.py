@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,11 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from diablo_theory.errors import ResultsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: How the names of files and folders begin that are not whole yet.
 PARTIAL = ".partial-"
@@ -138,6 +142,21 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` (such as ``frame.to_csv``) produce a file, whole or not at all."""
     with atomic_path(path) as aside:
         write(aside)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written, a full disk for one; safetensors has an error of its own for that.
+    """
+    import safetensors.torch
+
+    with atomic_path(path) as aside:
+        try:
+            safetensors.torch.save_file(tensors, aside, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from error
 
 
 def _umask() -> int:

@@ -136,7 +136,7 @@ def test_ctrl_c_says_how_to_go_on(shell, monkeypatch, tmp_path, tiny_model):
     (tmp_path / "mine.yaml").write_text("method: diablo\n")
     status, _, err = shell("train", "mine.yaml", f"model={tiny_model}", *RUN)
     assert status == 130
-    assert "Run the same command again" in err
+    assert "started again goes on from it" in err
 
 
 def test_a_full_disk_is_one_message_and_loses_nothing(shell, monkeypatch, tmp_path, tiny_model):
@@ -301,6 +301,14 @@ def test_statistics_that_cannot_be_read_are_one_message(shell, tmp_path, small_d
     status, _, err = shell("diagnose", "--statistics", "nothing.safetensors")
     assert status == 1
     assert "no such statistics file: nothing.safetensors" in err
+
+
+@pytest.mark.parametrize("command", [["verify", "L2"], ["speed", "layer"], ["diagnose"]])
+def test_an_out_that_is_a_file_is_refused_before_the_work(shell, tmp_path, command):
+    (tmp_path / "taken").write_text("")
+    status, out, err = shell(*command, "--out", "taken")
+    assert (status, out) == (1, "")
+    assert err == "error: --out must be a folder, got the file taken\n"
 
 
 def test_speed_measures_a_small_layer(shell, tmp_path):

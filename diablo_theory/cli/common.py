@@ -53,6 +53,12 @@ def options_checked(option: str | None = None) -> Iterator[None]:
         raise ConfigError(f"{option}: {error}" if option else str(error)) from error
 
 
+def require_folder(out: Path | None) -> None:
+    """Refuse a --out that is a file before anything is computed for it."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must be a folder, got the file {out}")
+
+
 def wrote(paths: list[Path]) -> None:
     """Say which files were written."""
     for path in paths:
@@ -71,7 +77,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the Ctrl-C
             _fail(
-                "stopped. Run the same command again; what is already kept in its folder is not done again.",
+                "stopped. What is already written to --out is whole; a run or a sweep started again goes on from it.",
                 INTERRUPTED,
             )
         raise

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diablo_theory.cli.common import app, console, options_checked, wrote
+from diablo_theory.cli.common import app, console, options_checked, require_folder, wrote
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an unfinished one is continued.")]
 Overrides = Annotated[
@@ -185,6 +185,7 @@ def diagnose(
     from diablo_theory.theory.recording import linear_layers
     from diablo_theory.theory.statistics import load_statistics, require_rtol, save_statistics
 
+    require_folder(out)
     if rtol is not None:
         with options_checked("--rtol"):
             require_rtol(rtol)

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from diablo_theory.cli.common import app, console, options_checked, wrote
+from diablo_theory.cli.common import app, console, options_checked, require_folder, wrote
 
 Number = TypeVar("Number", int, float)
 
@@ -43,6 +43,7 @@ def verify(
     from diablo_theory.theory.arithmetic import arithmetic_of
     from diablo_theory.theory.checks import CHECKS, run_checks
 
+    require_folder(out)
     arithmetic = arithmetic_of(dtype, device)
     with console.status("checking") as status:
         verdicts = run_checks(names or None, trials, seed, arithmetic, progress=status.update)
@@ -148,6 +149,7 @@ def speed(
     from diablo_theory.provenance import provenance
     from diablo_theory.reporting.speeds import PROVENANCE, speed_table
 
+    require_folder(out)
     with options_checked("--tokens"):
         benchmarks.require_batches(tokens)
     known = {
@@ -158,7 +160,7 @@ def speed(
     for name in names or ():
         if name not in known:
             raise ConfigError(f"unknown benchmark {name!r}.{nearest(name, known)}")
-    for name in names or known:
+    for name in dict.fromkeys(names or known):
         with console.status(name) as status:
             lines = known[name](lambda text, name=name, status=status: status.update(f"{name}: {text}"))
         console.print(speed_table(lines))

@@ -36,7 +36,7 @@ class RunConfig(BaseModel):
     eval_batch_size: Positive
     save_every: Positive
     keep_weights: bool
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"]
     scale: Literal["small", "full"]
 

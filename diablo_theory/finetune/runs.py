@@ -43,6 +43,8 @@ def check_owner(folder: Path, config: RunConfig) -> None:
     """Raise ResultsError if a folder belongs to a run with another configuration."""
     path = folder / "config.json"
     if not path.is_file():
+        if finished(folder):
+            raise ResultsError(f"{folder} holds a finished run, but no config.json says which: choose another folder")
         return
     wanted, there = config.model_dump(mode="json"), read_json(path)
     if different := sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)):

@@ -12,13 +12,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo_theory.errors import NonFiniteError
-from diablo_theory.files import atomic_path, fsync, read_json, write_json
+from diablo_theory.files import fsync, read_json, write_json, write_tensors
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import Encoded, collate
 from diablo_theory.finetune.models import pick_device
@@ -194,11 +193,7 @@ def save_trainable(model: nn.Module, path: Path) -> None:
     Raises:
         OSError: If they cannot be written, a full disk for one.
     """
-    with atomic_path(path) as aside:
-        try:
-            save_file(trainable_state(model), aside)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from error
+    write_tensors(path, trainable_state(model))
 
 
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
     with mpl.rc_context(RC):
         for suffix, metadata in undated.items():
             path = folder / f"{stem}{suffix}"
-            write_with(path, partial(figure.savefig, metadata=metadata))
+            drawn = io.BytesIO()  # matplotlib's own writing hides a full disk behind an error of its clean-up
+            figure.savefig(drawn, format=suffix[1:], metadata=metadata)
+            write_with(path, methodcaller("write_bytes", drawn.getvalue()))
             written.append(path)
     return written

@@ -127,7 +127,9 @@ def _run(calls: dict[int, Any], jobs: int, cluster: str | None, attempts: int) -
     if not calls:
         return
     with nullcontext("loky") if cluster is None else connected(cluster) as backend:
-        parallel = joblib.Parallel(n_jobs=jobs, backend=backend, return_as="generator_unordered", batch_size=1)
+        parallel = joblib.Parallel(
+            n_jobs=min(jobs, len(calls)), backend=backend, return_as="generator_unordered", batch_size=1
+        )
         yield from outcomes(parallel, calls, attempts if cluster is None else 1)
 
 

@@ -102,7 +102,7 @@ def run_checks(
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
-    chosen = list(CHECKS) if names is None else list(names)
+    chosen = list(CHECKS) if names is None else list(dict.fromkeys(name.upper() for name in names))
     for name in chosen:
         if name not in CHECKS:
             raise ConfigError(f"unknown check {name!r}.{nearest(name, CHECKS)}")

@@ -6,6 +6,7 @@ is cut to its rank: what is below the cutoff is set to zero instead.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -62,6 +63,12 @@ class ColumnSpace:
     def rank(self) -> Int[Tensor, "*batch"]:
         """The rank of X, shape (...)."""
         return self.decision.rank
+
+    def cut(self) -> ColumnSpace:
+        """The same space of one X without the rows, and basis columns, past its rank: smaller, and as exact."""
+        r = int(self.rank)
+        basis = None if self.basis is None else self.basis[:, :r]
+        return dataclasses.replace(self, coordinates=self.coordinates[:r], basis=basis)
 
     def group(self, layout: BlockLayout, i: int) -> Float[Tensor, "*batch k d1"]:
         """Coordinates of ``X_i``, shape (..., k, rows of block i)."""

@@ -135,7 +135,7 @@ def map_cells(*, rank: int, condition: float, **shared: Any) -> list[Cell]:
     Source: theory.md, L2, L4, L5, L6.
     """
     grid = Grid(ranks=[rank], conditions=[condition], **shared)
-    where, space = _place(grid), column_space(_input(grid))
+    where, space = _place(grid), column_space(_input(grid)).cut()
     cells: list[Cell] = []
     common = (
         None if grid.target in _OF_LAYOUT else _Targets(space, grid, where, BlockLayout(grid.size, grid.outputs, 1))

@@ -200,8 +200,8 @@ def frozen_lora_optimum(problem: ReducedProblem, A: Float[Tensor, "... m1 rho"],
 
     Source: theory.md, L6.
     """
-    scaled, reach = _reach(problem, A)
-    dW = scaled @ reach.pinv_times(problem.target) if minimiser else None
+    directions, reach = _reach(problem, A)
+    dW = directions @ reach.pinv_times(problem.target) if minimiser else None
     missed = _square(reach.outside(problem.target))
     return _optimum("lora-frozen-a", problem, missed, dW, A.shape[-1] * problem.target.shape[-1])
 
@@ -238,19 +238,23 @@ def lora_tangent_optimum(
     require_device("B", B, problem.target)
     require_matrix("B", B)
     require_broadcast(problem=problem.target, A=A, B=B)
-    scaled, reach = _reach(problem, A)
+    directions, reach = _reach(problem, A)
     rows = unit_scale(B)[0].mT
     readout = truncated_svd(rows, tolerance("rank", B.dtype).value * _norm(rows))
     beside = reach.outside(problem.target)
     missed = readout.outside(beside.mT)
     dW = None
     if minimiser:
-        dW = scaled @ reach.pinv_times(problem.target) + _full_update(problem, beside - missed.mT)
+        dW = directions @ reach.pinv_times(problem.target) + _full_update(problem, beside - missed.mT)
     return _optimum("lora-tangent", problem, _square(missed), dW, rho * sum(_sizes(problem)))
 
 
 def _reach(problem: ReducedProblem, A: Tensor) -> tuple[Tensor, TruncatedSVD]:
-    """A at unit scale, and the SVD of Y A; rounding of the product is relative to ``||Y|| ||A||``."""
+    """An orthonormal basis of col A, and the SVD of its image under Y.
+
+    What A reaches depends on its column space alone; its own conditioning must not look like a rank of XA. The image
+    is judged by the cutoff of X, as a column group is, which is the image of some columns of the identity.
+    """
     Y = problem.space.coordinates
     require_device("A", A, Y)
     require_matrix("A", A)
@@ -258,7 +262,9 @@ def _reach(problem: ReducedProblem, A: Tensor) -> tuple[Tensor, TruncatedSVD]:
     if A.shape[-2] != Y.shape[-1]:
         raise ValueError(f"A must have {Y.shape[-1]} rows, got {A.shape[-2]}")
     scaled, _ = unit_scale(A)
-    return scaled, truncated_svd(Y @ scaled, problem.space.cutoff * _norm(scaled))
+    basis = truncated_svd(scaled, tolerance("rank", A.dtype).value * _norm(scaled)).U
+    image = Y @ basis
+    return basis, truncated_svd(image, problem.space.cutoff.expand(image.shape[:-2]))
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from diablo_theory.theory.arithmetic import (
     require_like,
     require_matrix,
 )
+from diablo_theory.theory.tolerances import tolerance
 
 TargetKind = Literal["generic", "low-rank", "block-aligned", "sparse", "noise"]
 TARGETS: tuple[str, ...] = get_args(TargetKind)
@@ -201,6 +202,12 @@ def linear_problem(
     low, high = numbers.tiny / numbers.eps, numbers.max * numbers.eps
     if not low <= scale <= high:
         raise ValueError(f"scale must lie from {low:.3g} to {high:.3g} for {arithmetic.dtype}, got {scale}")
+    worst = 0.1 / tolerance("rank", arithmetic.dtype).value
+    if condition is not None and rank > 1 and worst < condition < math.inf:
+        raise ValueError(
+            f"condition must be at most {worst:.3g} for {arithmetic.dtype}, else the rank is not {rank} in that "
+            f"precision, got {condition}"
+        )
     X = low_rank_inputs(rows, layout.in_features, rank, generator, condition)
     W0 = gaussian(layout.in_features, layout.out_features, generator) / layout.in_features**0.5
     truth = update_of_kind(target, layout, generator, target_rank)

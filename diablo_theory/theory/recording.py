@@ -73,6 +73,7 @@ def record(
 
     Raises:
         ConfigError: If a layer is unknown.
+        TypeError: If keep returns no tensor.
         ValueError: If there is no batch, the loss is no differentiable scalar, a mask does not fit, or a layer met
             no token.
         NonFiniteError: If an activation or a gradient holds a NaN or an infinity.
@@ -87,7 +88,7 @@ def record(
         for name, layer in watched.items():
             hooks.callback(layer.register_forward_hook(recorder.watch(name), with_kwargs=True).remove)
         for batch in batches:
-            recorder.mask = None if keep is None else keep(batch)
+            recorder.mask = None if keep is None else _mask(keep(batch))
             torch.autograd.backward(_differentiable(loss(model, batch)))
             count += 1
             if progress is not None:
@@ -115,6 +116,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _mask(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"keep must return a boolean mask, got {type(value).__name__}")
+    return value
 
 
 def _differentiable(value: object) -> Tensor:

@@ -62,7 +62,7 @@ def pissa_start(W0: Float[Tensor, "m1 m2"], rank: int, iterations: int | None = 
 
     Source: Meng et al. (2024), PiSSA.
     """
-    require_matrix("W0", W0)
+    _require_one("W0", W0)
     _require_rank(rank, min(W0.shape))
     U, sigma, Vh = _leading(W0.double(), rank, iterations)
     root = sigma.sqrt()
@@ -83,6 +83,7 @@ def eva_start(space: ColumnSpace, out_features: int, rank: int) -> Start:
     Source: Paischer et al. (2024), EVA.
     """
     Y = space.coordinates
+    _require_one("space", Y)
     _require_rank(rank, Y.shape[-1])
     lengths = Y[:rank].norm(dim=-1, keepdim=True)
     directions = torch.where(lengths > 0, Y[:rank] / lengths, 0.0)
@@ -104,6 +105,7 @@ def lora_ga_start(problem: ReducedProblem, rank: int, iterations: int | None = N
     Source: Wang et al. (2024), LoRA-GA, in the arrangement "A r, B the r after it".
     """
     Y, M = problem.space.coordinates, problem.target
+    _require_one("problem", M)
     _require_rank(rank, min(Y.shape[-1], M.shape[-1]) // 2)
     U, _, Vh = _leading(Y.mT @ M, 2 * rank, iterations)
     return Start("lora-ga", U[:, :rank], Vh[rank:])
@@ -125,8 +127,9 @@ def corda_start(space: ColumnSpace, W0: Float[Tensor, "m1 m2"], rank: int, itera
     Source: Yang et al. (2024), CorDA. The authors damp G until it can be inverted; the singular vectors lie in its row
     space, so a pseudo-inverse needs no damping.
     """
-    require_matrix("W0", W0)
+    _require_one("W0", W0)
     Y = space.coordinates
+    _require_one("space", Y)
     if W0.shape[-2] != Y.shape[-1]:
         raise ValueError(f"W0 must have {Y.shape[-1]} rows, got {W0.shape[-2]}")
     _require_rank(rank, min(W0.shape))
@@ -160,6 +163,12 @@ def _sketch(matrix: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor,
         Q, _ = torch.linalg.qr(matrix @ rows)
     U, sigma, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
     return Q @ U, sigma, Vh
+
+
+def _require_one(name: str, matrix: Tensor) -> None:
+    require_matrix(name, matrix)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} must be one matrix, got a batch of shape {tuple(matrix.shape)}")
 
 
 def _require_rank(rank: int, largest: int) -> None:

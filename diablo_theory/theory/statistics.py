@@ -21,7 +21,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from diablo_theory.errors import NonFiniteError, ResultsError
-from diablo_theory.files import write_with
+from diablo_theory.files import write_tensors
 from diablo_theory.theory.column_space import ColumnSpace, decide_rank, largest_magnitude, times_power
 from diablo_theory.theory.reduction import ReducedProblem
 from diablo_theory.theory.tolerances import tolerance
@@ -294,11 +294,14 @@ def save_statistics(path: Path, layers: Mapping[str, LayerStatistics]) -> None:
     Args:
         path: The file; replaced if it exists.
         layers: By the layer's name.
+
+    Raises:
+        OSError: If it cannot be written, a full disk for one.
     """
     tensors = {f"{name}:sums": layer.sums.cpu() for name, layer in layers.items()}
     exponents = {name: {field: getattr(layer, field) for field in _EXPONENTS} for name, layer in layers.items()}
     metadata = {"format": _FORMAT, "layers": json.dumps(exponents)}
-    write_with(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def load_statistics(path: Path) -> dict[str, LayerStatistics]:

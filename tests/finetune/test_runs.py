@@ -177,6 +177,12 @@ def test_a_truncated_record_is_named_and_can_be_made_again(config, tmp_path, boa
     assert again["loss_per_token"] == first["loss_per_token"]
 
 
+def test_a_finished_run_that_does_not_say_which_it_is_is_refused(config, tmp_path, board):
+    (tmp_path / "metrics.json").write_text('{"exact": 1.0}')
+    with pytest.raises(ResultsError, match=r"holds a finished run, but no config\.json says which"):
+        runs.execute(config, tmp_path, board)
+
+
 def test_a_folder_of_another_run_is_refused_untouched(config, tmp_path, board):
     runs.execute(config(), tmp_path / "run", board)
     before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}

@@ -79,8 +79,7 @@ def test_progress_is_told_before_every_trial():
 
 
 def test_an_unknown_check_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown check 'l2'\.( Did you mean| Known:)"):
-        run_checks(["l2"])
+    assert run_checks(["l2", "L2"], trials=1).equals(run_checks(["L2"], trials=1))
     with pytest.raises(ConfigError, match=r"unknown check 'L44'\. Did you mean 'L4'\?"):
         run_checks(["L44"])
 

@@ -168,6 +168,15 @@ def test_a_batch_equals_a_loop(case):
         assert_close(by_rank[index], optima.lora_relative_gaps(alone_reduced), 64 * EPS)
 
 
+@pytest.mark.parametrize("rtol", [1e-12, 1e-6, 1e-2, 0.1])
+@pytest.mark.parametrize("condition", [1.0, 1e5])
+def test_a_frozen_factor_that_can_be_inverted_reaches_all_that_x_does(rtol, condition):
+    """L6 at N = 1: only col A matters, so neither its own conditioning nor the cutoff of X may cost a direction."""
+    X, A = low_rank_inputs(40, 12, 12, seeded(0), 1e3), low_rank_inputs(12, 12, 12, seeded(1), condition)
+    problem = LinearProblem(X, torch.zeros(12, 5).double(), gaussian(40, 5, seeded(2)), BlockLayout(12, 5, 1))
+    assert float(optima.frozen_lora_optimum(reduce_problem(problem, rtol), A).relative_gap) < 1e-16
+
+
 def test_factors_come_in_batches_too():
     case = Case(9, 7, 5, 3, rank=4)
     reduced = reduce_problem(case.problem())

@@ -179,6 +179,11 @@ def test_inputs_have_the_condition_asked_for(rows, cols, condition, data):
         ({"noise": math.nan}, "noise must be at least 0 and finite, got nan"),
         ({"noise": 0.1}, "noise must be 0 for target 'generic', which has no signal, got 0.1"),
         ({"condition": 0.5}, "condition must be at least 1 and finite, got 0.5"),
+        ({"condition": 1e13}, r"condition must be at most 1\.1e\+11 for torch.float64, else the rank is not 4 in"),
+        (
+            {"condition": 1e6, "arithmetic": Arithmetic(torch.float32)},
+            r"condition must be at most 205 for torch.float32, else the rank is not 4 in that precision, got 1000000",
+        ),
         ({"condition": math.inf}, "condition must be at least 1 and finite, got inf"),
         ({"scale": 0.0}, r"scale must lie from 1e-292 to 3\.99e\+292 for torch\.float64, got 0\.0"),
         ({"scale": -1.0}, "scale must lie from .*, got -1.0"),

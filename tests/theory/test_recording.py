@@ -232,6 +232,11 @@ def test_masks_that_do_not_fit_are_named(mask, got):
         record(NETWORKS["bias"](), [some(6, 5)], square, keep=lambda _: mask)
 
 
+def test_a_mask_that_was_forgotten_is_named():
+    with pytest.raises(TypeError, match="keep must return a boolean mask, got NoneType"):
+        record(NETWORKS["bias"](), [some(6, 5)], square, keep=lambda _: None)
+
+
 # What is left behind
 
 

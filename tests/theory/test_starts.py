@@ -10,7 +10,7 @@ from diablo_theory.theory import optima, starts
 from diablo_theory.theory.arithmetic import gaussian, seeded
 from diablo_theory.theory.column_space import column_space
 from diablo_theory.theory.problems import LinearProblem, low_rank_inputs
-from diablo_theory.theory.reduction import reduce_problem
+from diablo_theory.theory.reduction import ReducedProblem, reduce_problem
 from diablo_theory.theory.statistics import LayerStatistics
 
 SIZES = st.tuples(st.integers(1, 10), st.integers(1, 10))
@@ -159,6 +159,21 @@ def test_sketches_are_deterministic_and_leave_the_global_generator_alone():
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one.A, two.A)
         assert torch.equal(one.B, two.B)
+
+
+@pytest.mark.usefixtures("unannotated")
+def test_batches_are_named():
+    several, one = torch.zeros(3, 6, 4).double(), gaussian(6, 4, seeded(0))
+    space = column_space(torch.zeros(3, 9, 6).double())
+    problem = ReducedProblem(space, torch.zeros(3, 6, 4).double(), torch.zeros(3).double(), torch.zeros(3).long())
+    for start, name in (
+        (lambda: starts.pissa_start(several, 2), "W0"),
+        (lambda: starts.corda_start(space, one, 2), "space"),
+        (lambda: starts.eva_start(space, 4, 2), "space"),
+        (lambda: starts.lora_ga_start(problem, 2), "problem"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be one matrix, got a batch of shape \(3, 6, "):
+            start()
 
 
 def test_ranks_out_of_range_are_named():
