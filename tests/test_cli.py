@@ -186,7 +186,9 @@ def test_map_writes_cells_and_figures_and_goes_on_where_it_was(shell, tmp_path):
     ("options", "message"),
     [
         (["--ranks", "0"], "ranks must lie from 1 to 64, got 0"),
-        (["--ranks", "1,x"], "--ranks must be comma-separated numbers, got '1,x'"),
+        (["--ranks", "1.5"], "--ranks must be comma-separated whole numbers, got '1.5'"),
+        (["--noises", "1,x"], "--noises must be comma-separated numbers, got '1,x'"),
+        (["--blocks", "2,4,2"], "block_counts must not repeat a value, got (2, 4, 2)"),
         (["--target", "lowrank"], "unknown target 'lowrank'. Did you mean 'low-rank'?"),
         (["--noises", "0.1"], "noises must be 0 for target 'generic'"),
         (["--jobs", "2", "--cluster", "tcp://127.0.0.1:1"], "jobs must be left at 1 with a cluster"),

@@ -177,4 +177,5 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Num
     try:
         return tuple(kind(value) for value in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option} must be comma-separated numbers, got {text!r}") from None
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option} must be comma-separated {what}, got {text!r}") from None

@@ -92,6 +92,8 @@ class Grid:
                     require_integer(name, value)
                 if not low <= value <= high:
                     raise ValueError(f"{name} must lie from {low:g} to {high:g}, got {value}")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must not repeat a value, got {values}")
         if self.target != "low-rank" and len(self.target_ranks) > 1:
             raise ValueError(f"target_ranks must hold one value unless target is 'low-rank', got {self.target_ranks}")
         if self.target in ("generic", "noise") and tuple(self.noises) != (0.0,):
