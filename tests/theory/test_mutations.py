@@ -192,7 +192,7 @@ MUTANTS = [
     ),
     Mutant(
         "theory/reduction.py",
-        "self.captured > rounding",
+        "self.captured > nothing",
         "self.captured > 0",
         OPTIMA,
         "nothing_is_missed",
@@ -264,8 +264,16 @@ MUTANTS = [
     ),
     Mutant(
         "theory/optima.py",
-        "scaled, truncated_svd(Y @ scaled,",
-        "scaled, truncated_svd(scaled,",
+        'basis = truncated_svd(scaled, tolerance("rank", A.dtype).value * _norm(scaled)).U',
+        "basis = scaled",
+        OPTIMA,
+        "can_be_inverted",
+        "the conditioning of A costs directions of XA",
+    ),
+    Mutant(
+        "theory/optima.py",
+        "image = Y @ basis",
+        "image = basis",
         OPTIMA,
         "frozen_lora_equals",
         "col A in place of col XA",
