@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
@@ -52,34 +53,34 @@ class BlockLayout:
                 f"got {self.num_blocks}"
             )
 
-    @property
+    @cached_property
     def block_rows(self) -> int:
         """d1, the rows (inputs) of a full-size block."""
         return -(-self.in_features // self.num_blocks)
 
-    @property
+    @cached_property
     def block_cols(self) -> int:
         """d2, the columns (outputs) of a full-size block."""
         return -(-self.out_features // self.num_blocks)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Row or column groups, whichever are more; the last ones may hold a cut or an empty block."""
         return max(-(-self.in_features // self.block_rows), -(-self.out_features // self.block_cols))
 
-    @property
+    @cached_property
     def complete(self) -> int:
         """Blocks of the full size ``d1 x d2``."""
         return min(self.in_features // self.block_rows, self.out_features // self.block_cols)
 
-    @property
+    @cached_property
     def tail(self) -> tuple[int, int] | None:
         """Shape of the one cut block, or None where the blocks end with the matrix."""
         rows = min(self.block_rows, self.in_features - self.complete * self.block_rows)
         cols = min(self.block_cols, self.out_features - self.complete * self.block_cols)
         return (rows, cols) if rows and cols else None
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Entries inside the blocks: m1 m2 / N where N divides both sizes."""
         rows, cols = self.tail or (0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.tuner.model import add_diablo, target_layers
+from diablo_theory.errors import nearest
+from diablo_theory.tuner import DiaBloConfig
 
 Method = Literal["none", "full", "lora", "diablo"]
 
@@ -60,6 +61,39 @@ def nearest_lora_rank(layers: Sequence[nn.Linear], budget: int) -> int:
     return min((below, below + 1), key=lambda rank: abs(rank * per_rank - budget))
 
 
+def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that a list of names means, in the model's order.
+
+    A name matches a module whose full name equals it or ends in a dot and it, as in peft.
+
+    Args:
+        model: Any module.
+        target_modules: Such as ``["q_proj", "down_proj"]``.
+
+    Returns:
+        Full name to layer.
+
+    Raises:
+        ValueError: If the list is empty or a name matches nothing; the message names the nearest that would.
+        TypeError: If a match is not a plain ``nn.Linear``.
+    """
+    if isinstance(target_modules, str) or not target_modules:
+        raise ValueError(f"target_modules must be a non-empty list of module names, got {target_modules!r}")
+    modules = {name: module for name, module in model.named_modules() if name}
+    found: dict[str, nn.Linear] = {}
+    for target in target_modules:
+        matches = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not matches:
+            linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+            raise ValueError(f"target_modules: no module is named {target!r}.{nearest(target, linear)}")
+        for name in matches:
+            module = modules[name]
+            if not isinstance(module, nn.Linear):
+                raise TypeError(f"target_modules: {name} is a {type(module).__name__}, not a torch.nn.Linear")
+            found[name] = module
+    return {name: found[name] for name in modules if name in found}
+
+
 def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: Sequence[str], seed: int) -> Prepared:
     """Make exactly the parameters of one method trainable, in place.
 
@@ -89,24 +123,24 @@ def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: S
     elif method == "lora":
         budget = sum(BlockLayout(x.in_features, x.out_features, num_blocks).num_parameters for x in targets.values())
         rank = nearest_lora_rank(list(targets.values()), budget)
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            lora_dropout=0.0,
-            target_modules=list(target_modules),
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft 0.21 asks transformers 5 for a property by its old name.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            torch.manual_seed(seed)
-            model = peft.get_peft_model(model, config)
+        model = _with_adapter(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0), targets, seed)
         label = f"LoRA r={rank}"
     elif method == "diablo":
-        add_diablo(model, num_blocks, target_modules)
+        model = _with_adapter(model, DiaBloConfig(num_blocks=num_blocks), targets, seed)
         label = f"DiaBlo N={num_blocks}"
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Prepared(model, label, trainable, total)
+
+
+def _with_adapter(model: nn.Module, config: peft.PeftConfig, targets: Iterable[str], seed: int) -> nn.Module:
+    config.target_modules = set(targets)
+    config.task_type = "CAUSAL_LM"
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft 0.21 asks transformers 5 for a property by its old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        torch.manual_seed(seed)
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:

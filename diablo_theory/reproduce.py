@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory import __version__, bench
+from diablo_theory import __version__, bench, methods
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
 from diablo_theory.files import locked, read_json, remove_partial, write_json, write_with
 from diablo_theory.finetune import models, runs
@@ -27,7 +27,6 @@ from diablo_theory.sweeps import sweep
 from diablo_theory.theory.checks import CHECKS, run_checks
 from diablo_theory.theory.maps import Grid, map_cells
 from diablo_theory.tune import GRID, tune
-from diablo_theory.tuner import add_diablo
 
 
 class Profile(BaseModel):
@@ -164,7 +163,7 @@ class Reproduction:
             loaded = models.load_model(config.model, config.device)
             advance(1)
         try:
-            add_diablo(loaded.model, config.num_blocks, config.target_modules)
+            methods.prepare(loaded.model, "diablo", config.num_blocks, config.target_modules, config.seed)
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from error
         return {"name": config.model, "source": loaded.source, "sha256": loaded.sha256}

@@ -19,7 +19,7 @@ ALLOWED = {
     "ops": {"blocks"},
     "tuner": {"blocks", "ops", "errors"},
     "theory": GROUND,
-    "methods": {"blocks", "tuner"},
+    "methods": {"blocks", "errors", "tuner"},
     "finetune": GROUND | {"methods", "provenance"},
     "bench": {"methods", "finetune"},
     "speed": {"blocks", "provenance", "theory"},
@@ -30,10 +30,10 @@ ALLOWED = {
     "sweeps": {"errors", "files", "__version__"},
     "tune": {"errors", "files", "methods", "finetune", "progress", "reporting"},
     "reproduce": {"errors", "files", "bench", "finetune", "methods", "progress", "provenance", "reporting"}
-    | {"sweeps", "theory", "tune", "tuner", "__version__"},
+    | {"sweeps", "theory", "tune", "__version__"},
     "cli": None,
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"tuner"},
 }
 
 

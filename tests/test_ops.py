@@ -62,12 +62,12 @@ def test_outputs_that_no_block_writes_are_zero():
     assert not out[:, 2:].any()
 
 
-def test_additive_keeps_the_base_dtype_and_computes_in_the_blocks_dtype():
+def test_additive_keeps_the_base_dtype_and_computes_in_the_inputs_dtype():
     layout = BlockLayout(7, 5, 3)
     x, blocks, tail = generic(layout, dtype=torch.float32)
     base = torch.ones(4, 5, dtype=torch.bfloat16)
-    out = additive(base, x.bfloat16(), blocks, tail, layout)
-    expected = base + (x.bfloat16().float() @ layout.scatter(blocks, tail)).bfloat16()
+    out = additive(base, x, blocks, tail, layout)
+    expected = base + (x @ layout.scatter(blocks, tail)).bfloat16()
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
 

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import experiments_folder, load_run
-from diablo_theory.tuner import add_diablo, merge_diablo
+from diablo_theory.tuner import DiaBloConfig, DiaBloLinear
 
 pytestmark = pytest.mark.model
 NAME = "SmolLM2-135M-Instruct"
@@ -39,15 +40,18 @@ def test_diablo_goes_in_changes_it_and_merges_to_the_same_function():
     ids = loaded.tokenizer("Question: 2 + 2?\nAnswer:", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         before = loaded.model(input_ids=ids).logits
-        adapted = add_diablo(loaded.model, 64, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
-        assert torch.equal(loaded.model(input_ids=ids).logits, before)
-        for layer in adapted.values():
-            torch.nn.init.normal_(layer.diablo_blocks, std=0.01)
-        changed = loaded.model(input_ids=ids).logits
+        model = get_peft_model(loaded.model, DiaBloConfig(num_blocks=64, init_weights=False))
+        layers = [module for module in model.modules() if isinstance(module, DiaBloLinear)]
+        assert len(layers) == 150  # the paper's five projections in 30 layers
+        changed = model(input_ids=ids).logits
         assert (changed - before).abs().max() > 0.1
-        assert merge_diablo(loaded.model) == 150
-        # float32 through 30 layers: the merged sum rounds each of 150 weights once more.
-        torch.testing.assert_close(loaded.model(input_ids=ids).logits, changed, rtol=1e-3, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, before)
+        # float32 through 30 layers: additive and merged round differently.
+        for layer in layers:
+            layer.diablo_mode["default"] = "additive"
+        torch.testing.assert_close(model(input_ids=ids).logits, changed, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, changed, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "diablo"])

@@ -1,6 +1,10 @@
-"""DiaBlo as a module that wraps ``nn.Linear``, and what puts it into a model."""
+"""DiaBlo as a tuner of Hugging Face peft. Importing this package makes peft know it."""
 
+from diablo_theory.tuner.config import DiaBloConfig
 from diablo_theory.tuner.layer import DiaBloLinear
-from diablo_theory.tuner.model import add_diablo, merge_diablo
+from diablo_theory.tuner.model import DiaBloModel, mode_summary
+from diablo_theory.tuner.registration import register
 
-__all__ = ["DiaBloLinear", "add_diablo", "merge_diablo"]
+__all__ = ["DiaBloConfig", "DiaBloLinear", "DiaBloModel", "mode_summary"]
+
+register(DiaBloConfig, DiaBloModel)

@@ -1,82 +1,348 @@
-"""A linear layer whose diagonal blocks are trained while its weight stays frozen."""
+"""The adapted layer: ``nn.Linear`` or transformers' ``Conv1D``, plain or quantised, with any number of adapters."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
-from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from diablo_theory import ops
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.ops import additive
+from diablo_theory.tuner.config import DiaBloConfig
+
+#: Standard deviation of D with ``init_weights=False``: visible in outputs, small beside a pretrained weight's entries.
+RANDOM_STD = 0.02
 
 
-class DiaBloLinear(nn.Module):
-    """``base_layer(x) + x D`` with ``D`` block-diagonal, trainable and zero at the start.
+class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is untyped
+    """``base_layer(x) + x D`` with ``D`` block-diagonal and trainable, for each active adapter.
+
+    How that is computed is the mode of :meth:`mode`; the base weight holds W0 in either.
 
     Args:
-        base_layer: The layer to adapt; its parameters are frozen. Weight of shape (m2, m1), any floating dtype.
-        num_blocks: N, from 1 to max(m1, m2).
+        base_layer: The layer to adapt: ``nn.Linear``, ``Conv1D`` or a quantised linear layer that peft knows.
+        adapter_name: Name of the first adapter.
+        num_blocks: Its N, from 1 to max(m1, m2).
+        config: Its other choices.
+        **kwargs: What peft's quantisation backends need.
 
     Attributes:
-        diablo_blocks: The complete blocks, shape (k, d1, d2), inputs by outputs.
-        diablo_tail: The one block that the edge of the matrix cuts, or None; see :class:`BlockLayout`.
+        diablo_blocks: Adapter name to the complete blocks, shape (k, d1, d2), inputs by outputs.
+        diablo_tail: Adapter name to the one block that the edge of the matrix cuts; see :class:`BlockLayout`.
 
     Raises:
-        TypeError: If base_layer is not an ``nn.Linear`` or num_blocks is not an integer.
-        ValueError: If num_blocks does not fit the layer.
+        TypeError: If the layer is of another kind, or num_blocks is not an integer.
+        ValueError: If num_blocks does not fit the layer, or mode "merged" is asked for where it is not valid.
 
     Source: arXiv 2506.03230v2, section 3; zero start and no scaling factor as in the paper.
     """
 
-    diablo_tail: nn.Parameter | None
+    adapter_layer_names = ("diablo_blocks", "diablo_tail")
+    other_param_names = ("diablo_layout", "diablo_mode", "diablo_dropout")
 
-    def __init__(self, base_layer: nn.Linear, num_blocks: int) -> None:
+    base_layer: Any
+    quantization_backend: Any
+    diablo_blocks: nn.ParameterDict
+    diablo_tail: nn.ParameterDict
+    diablo_dropout: nn.ModuleDict
+    _writer: ops.BlockWriter
+    if TYPE_CHECKING:  # what peft's untyped mixin brings
+        active_adapters: list[str]
+        get_base_weight: Callable[[], Tensor]
+        set_base_weight: Callable[[Tensor], None]
+        set_adapter: Callable[..., None]
+        _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+        _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, num_blocks: int, config: DiaBloConfig, **kwargs: Any
+    ) -> None:
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"base_layer must be a torch.nn.Linear, got {type(base_layer).__name__}")
-        self.layout = BlockLayout(base_layer.in_features, base_layer.out_features, num_blocks)
-        self.base_layer = base_layer.requires_grad_(False)
-        weight = base_layer.weight
-        layout = self.layout
-        shape = (layout.complete, layout.block_rows, layout.block_cols)
-        # Adapters train in float32 even on a half-precision base: their steps are smaller than its rounding.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.diablo_blocks = nn.Parameter(weight.new_zeros(shape, dtype=dtype))
-        self.diablo_tail = None if layout.tail is None else nn.Parameter(weight.new_zeros(layout.tail, dtype=dtype))
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(base_layer, **kwargs)
+        self.in_features, self.out_features = features(base_layer, quantised=self.quantization_backend is not None)
+        self.diablo_blocks = nn.ParameterDict()
+        self.diablo_tail = nn.ParameterDict()
+        self.diablo_dropout = nn.ModuleDict()
+        self.diablo_layout: dict[str, BlockLayout] = {}
+        self.diablo_mode: dict[str, str] = {}
+        self.cast_input_dtype_enabled = True
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        #: What each merge replaced, in order: (adapter, the entries that its blocks covered).
+        self._undo: list[tuple[str, Any]] = []
+        self._writer = ops.BlockWriter(inputs_first=isinstance(base_layer, Conv1D))
+        self.update_layer(adapter_name, num_blocks, config)
 
-    def forward(self, x: Float[Tensor, "*batch m1"]) -> Float[Tensor, "*batch m2"]:
-        """The adapted output, in the dtype that the base layer returns."""
-        return additive(self.base_layer(x), x, self.diablo_blocks, self.diablo_tail, self.layout)
+    def update_layer(
+        self, adapter_name: str, num_blocks: int, config: DiaBloConfig, inference_mode: bool = False, **_: Any
+    ) -> None:
+        """Add an adapter.
 
-    def delta_weight(self) -> Float[Tensor, "m2 m1"]:
-        """What training has added, as a dense matrix in the orientation of ``nn.Linear.weight``."""
-        return self.layout.scatter(self.diablo_blocks.detach(), self._tail()).T
-
-    def merged(self) -> nn.Linear:
-        """The base layer with the update written into its weight; this module must not be used afterwards.
-
-        Only the entries inside the blocks change, and each is rounded once.
+        Args:
+            adapter_name: Its name.
+            num_blocks: Its N.
+            config: Its other choices.
+            inference_mode: Leave it frozen.
 
         Raises:
-            ValueError: If an entry of the merged weight would not be finite; the weight is then untouched.
+            TypeError: If num_blocks is not an integer.
+            ValueError: If num_blocks does not fit, or mode "merged" is not valid here.
         """
-        inside = self.layout.views(self.base_layer.weight.detach().T)
-        update = (self.diablo_blocks.detach(), self._tail())
-        sums = [
-            (old, (old.to(new.dtype) + new).to(old.dtype))
-            for old, new in zip(inside, update, strict=True)
-            if old is not None and new is not None
-        ]
-        if not all(bool(torch.isfinite(total).all()) for _, total in sums):
-            raise ValueError("the update holds NaN or infinite entries: refusing to merge it into the weight")
-        for old, total in sums:
-            old.copy_(total)
-        return self.base_layer
+        layout = BlockLayout(self.in_features, self.out_features, num_blocks)
+        if config.mode == "merged" and (reason := self._why_never_merged()):
+            raise ValueError(f"mode 'merged' is not valid here: {reason}. Use mode 'auto' or 'additive'")
+        self.diablo_layout[adapter_name] = layout
+        self.diablo_mode[adapter_name] = config.mode
+        self.diablo_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.diablo_blocks[adapter_name] = nn.Parameter(
+            torch.zeros(layout.complete, layout.block_rows, layout.block_cols)
+        )
+        if layout.tail:
+            self.diablo_tail[adapter_name] = nn.Parameter(torch.zeros(layout.tail))
+        if not config.init_weights:
+            for parameter in self.parts(adapter_name):
+                if parameter is not None:
+                    nn.init.normal_(parameter, std=RANDOM_STD)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.dtype is not None:
+            for parts in (self.diablo_blocks, self.diablo_tail):
+                if adapter_name in parts:
+                    parts[adapter_name] = parts[adapter_name].to(config.dtype)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def parts(self, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+        """The blocks and the tail (or None) of an adapter."""
+        return self.diablo_blocks[adapter_name], self.diablo_tail.get(adapter_name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output, in the dtype that the base layer returns."""
+        if self._disable_adapters and self._undo:
+            self.unmerge()
+        if self._disable_adapters or self._undo:
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.diablo_layout]
+        if len(active) == 1 and not args and not kwargs and self._why_additive(active[0]) is None:
+            return self._merged_forward(x, active[0])
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in active:
+            blocks, tail = self.parts(name)
+            inputs = self._cast_input_dtype(x, _product_dtype(x, blocks.dtype))
+            result = ops.additive(result, self.diablo_dropout[name](inputs), blocks, tail, self.diablo_layout[name])
+        return result
+
+    def _merged_forward(self, x: Tensor, name: str) -> Tensor:
+        base = self.base_layer
+        dtype = _product_dtype(x, x.dtype)
+        return ops.merged(
+            x if x.dtype == dtype else x.to(dtype),
+            base.weight,
+            base.bias,
+            *self.parts(name),
+            self.diablo_layout[name],
+            self._writer,
+        )
+
+    def mode(self, adapter_name: str) -> tuple[str, str]:
+        """How an adapter is applied when it is the only active one, and why.
+
+        Returns:
+            "merged" or "additive", and the reason in words.
+        """
+        if self.diablo_mode[adapter_name] == "additive":
+            return "additive", "asked for"
+        if reason := self._why_additive(adapter_name):
+            return "additive", reason
+        return "merged", "asked for" if self.diablo_mode[adapter_name] == "merged" else "valid for this layer"
+
+    def _why_never_merged(self) -> str | None:
+        """What is true of the base layer itself, for as long as it is wrapped."""
+        base = self.base_layer
+        if self.quantization_backend is not None:
+            return f"the base weight is quantised ({self.quantization_backend.backend_name})"
+        if type(base) is not nn.Linear and type(base) is not Conv1D:
+            return f"the base layer is a {type(base).__name__} with a forward pass of its own"
+        return None
+
+    def _why_additive(self, adapter_name: str) -> str | None:
+        """Why merged mode is not valid at this moment, or None. Called in every forward pass: cheap checks only."""
+        if self.diablo_mode[adapter_name] == "additive":
+            return "asked for"
+        if torch.compiler.is_compiling():
+            return "torch.compile is at work, which fuses plain operations"
+        if reason := self._why_never_merged():
+            return reason
+        base = self.base_layer
+        weight = base.weight
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return "the base layer has hooks, which must see its own output"
+        if "forward" in base.__dict__:
+            return "the base layer's forward method was replaced (offloading, for example)"
+        if isinstance(self.diablo_dropout[adapter_name], nn.Dropout):
+            return "dropout acts on the adapter's input alone"
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"the base weight is a {type(weight).__name__} (sharded, or another kind of tensor)"
+        if weight.requires_grad:
+            return "the base weight is trained too"
+        if weight.is_meta or weight.device != self.diablo_blocks[adapter_name].device:
+            return "base weight and adapter are not on one real device"
+        if weight.is_inference() or (weight.is_cpu and weight.untyped_storage().is_shared()):
+            return "the base weight must not be written to (shared between processes, or an inference tensor)"
+        return None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """D as a dense matrix in the orientation of the base weight, in the adapter's dtype."""
+        blocks, tail = self.parts(adapter)
+        dense = self.diablo_layout[adapter].scatter(blocks.detach(), None if tail is None else tail.detach())
+        return dense if self._writer.inputs_first else dense.T
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the active adapters into the base weight; :meth:`unmerge` takes them out again bit for bit.
+
+        Only the entries inside the blocks change, and each is rounded once for each adapter. A quantised weight is
+        quantised again, with a warning that says how much of the update that lost.
+
+        Args:
+            safe_merge: Of no effect: a merge is always checked first.
+            adapter_names: Other adapters than the active ones.
+
+        Raises:
+            ValueError: If an entry would not be finite; the weight is then untouched.
+            TypeError: If the quantisation cannot be undone.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.diablo_layout:
+                self.check_mergeable([name])
+                with self._writer.lock:
+                    self._merge_quantised(name) if self.quantization_backend else self._merge(name)
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        with self._writer.lock:
+            while self._undo:
+                self._put_back()
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the merged adapters, in the order in which they were merged."""
+        return [name for name, _ in self._undo]
+
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError unless merging these adapters gives finite entries."""
+        for name in adapter_names:
+            if name not in self.diablo_layout or name in self.merged_adapters:
+                continue
+            if self.quantization_backend is not None:
+                finite = all(bool(torch.isfinite(part).all()) for part in self.parts(name) if part is not None)
+            else:
+                inside, parts = self._inside(name)
+                sums = ((old + new).to(old.dtype) for old, new in zip(inside, parts, strict=True))
+                finite = all(bool(torch.isfinite(total).all()) for total in sums)
+            if not finite:
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
+                    "(or infinite; the weights were left as they are)"
+                )
+
+    def _inside(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        blocks, tail = self.parts(name)
+        parts = blocks.detach(), None if tail is None else tail.detach()
+        return self._writer.inside(self.base_layer.weight.data, parts, self.diablo_layout[name])
+
+    def _merge(self, name: str) -> None:
+        inside, parts = self._inside(name)
+        kept = [place.clone() for place in inside]
+        done = len(self._undo)
+        try:  # interrupted anywhere, the weight and the record of it agree
+            torch._foreach_add_(inside, parts)
+            self._undo.append((name, kept))
+        except BaseException:
+            torch._foreach_copy_(inside, kept)
+            del self._undo[done:]
+            raise
+
+    def _merge_quantised(self, name: str) -> None:
+        kept = self.base_layer, dict(self.base_layer._parameters)
+        before = self.get_base_weight()
+        delta = self.get_delta_weight(name).to(before.dtype)
+        self._undo.append((name, kept))
+        self.set_base_weight((before + delta).contiguous())
+        lost = torch.linalg.vector_norm(self.get_base_weight() - before - delta) / torch.linalg.vector_norm(delta)
+        warnings.warn(
+            f"merging {name!r} into a quantised weight ({self.quantization_backend.backend_name}) rounds it again: "
+            f"the change differs from the adapter's by {100 * float(lost):.1f}% of its norm",
+            stacklevel=3,
+        )
+
+    def _put_back(self) -> None:
+        """Undo the last merge; interrupted anywhere, the weight and the record of it agree."""
+        name, kept = self._undo[-1]
+        if self.quantization_backend is not None:
+            self.base_layer, parameters = kept
+            self.base_layer._parameters.update(parameters)
+            self._undo.pop()
+            return
+        inside, _ = self._inside(name)
+        try:
+            torch._foreach_copy_(inside, kept)
+        finally:
+            self._undo.pop()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What was kept aside for :meth:`unmerge` follows the weight to its device and dtype."""
+        super()._apply(fn, recurse)
+        if self.quantization_backend is None:
+            self._undo = [(name, [fn(part) for part in kept]) for name, kept in self._undo]
+        return self
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """DiaBlo adds a matrix to the weight, so peft can approximate it by a LoRA."""
+        return True
 
     def extra_repr(self) -> str:
-        """Blocks and their size, for ``print(model)``."""
-        layout = self.layout
-        return f"num_blocks={layout.num_blocks}, block={layout.block_rows}x{layout.block_cols}, tail={layout.tail}"
+        """Blocks, their size and the mode with its reason, for ``print(model)``."""
+        lines = []
+        for name, layout in self.diablo_layout.items():
+            mode, reason = self.mode(name)
+            size = f"block={layout.block_rows}x{layout.block_cols}, tail={layout.tail}"
+            lines.append(f"{name}: num_blocks={layout.num_blocks}, {size}, mode={mode} ({reason})")
+        return "\n".join(lines)
 
-    def _tail(self) -> Tensor | None:
-        return None if self.diablo_tail is None else self.diablo_tail.detach()
+    def __repr__(self) -> str:
+        return f"diablo.{super().__repr__()}"
+
+
+def features(layer: nn.Module, *, quantised: bool) -> tuple[int, int]:
+    """The sizes m1 and m2 of a layer that can be adapted.
+
+    Raises:
+        TypeError: If the layer is of a kind that cannot.
+    """
+    if isinstance(layer, Conv1D):
+        m1, m2 = layer.weight.shape
+        return int(m1), int(m2)
+    if isinstance(layer, nn.Linear) or quantised:
+        sizes: Any = layer.in_features, layer.out_features
+        return sizes
+    raise TypeError(
+        f"is a {type(layer).__name__}; DiaBlo adapts torch.nn.Linear and transformers' Conv1D, plain or quantised"
+    )
+
+
+def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What autocast would compute a product in, where it is on; otherwise ``dtype``."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype

@@ -1,100 +1,203 @@
-"""Putting DiaBlo into a model and merging it back out."""
+"""DiaBlo as a peft tuner: what puts the layers into a model, takes them out and loads them."""
 
 from __future__ import annotations
 
+import os
+import re
+import warnings
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import get_quantization_kwargs
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import nearest
+from diablo_theory.tuner.config import DiaBloConfig
+from diablo_theory.tuner.injection import Snapshot, budget_blocks, check_target, owners_of
 from diablo_theory.tuner.layer import DiaBloLinear
+from diablo_theory.tuner.registration import PREFIX
+
+#: As in the authors' scripts for Llama; the architectures that name their projections in the same way follow it.
+PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "stablelm")
 
 
-def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that a list of names means, in the model's order.
-
-    A name matches a module whose full name equals it or ends in a dot and it, as in peft.
+class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
+    """A model whose target layers carry DiaBlo adapters.
 
     Args:
         model: Any module.
-        target_modules: Such as ``["q_proj", "down_proj"]``.
-
-    Returns:
-        Full name to layer.
-
-    Raises:
-        ValueError: If the list is empty or a name matches nothing; the message names the nearest that would.
-        TypeError: If a match is not a plain ``nn.Linear``.
-    """
-    if isinstance(target_modules, str) or not target_modules:
-        raise ValueError(f"target_modules must be a non-empty list of module names, got {target_modules!r}")
-    modules = {name: module for name, module in model.named_modules() if name}
-    found: dict[str, nn.Linear] = {}
-    for target in target_modules:
-        matches = [name for name in modules if name == target or name.endswith(f".{target}")]
-        if not matches:
-            linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
-            raise ValueError(f"target_modules: no module is named {target!r}.{nearest(target, linear)}")
-        for name in matches:
-            module = modules[name]
-            if not isinstance(module, nn.Linear):
-                raise TypeError(f"target_modules: {name} is a {type(module).__name__}, not a torch.nn.Linear")
-            found[name] = module
-    return {name: found[name] for name in modules if name in found}
-
-
-def add_diablo(model: nn.Module, num_blocks: int, target_modules: Sequence[str]) -> dict[str, DiaBloLinear]:
-    """Freeze a model and replace its target layers by DiaBlo layers, in place.
-
-    Every target is checked before the first is replaced, so a bad argument leaves the model as it was.
-
-    Args:
-        model: Any module that holds ``nn.Linear`` layers.
-        num_blocks: N, the same for every layer.
-        target_modules: Names as in :func:`target_layers`.
-
-    Returns:
-        Full name to the new layer.
+        peft_config: A :class:`DiaBloConfig`, or adapter name to one.
+        adapter_name: Name of the adapter to inject.
+        low_cpu_mem_usage: Create the adapter on the meta device, for weights that are loaded next.
+        state_dict: Inject where these keys say, instead of by the configuration.
 
     Raises:
-        TypeError: If num_blocks is not an integer, a target is not an ``nn.Linear``, or DiaBlo is already there.
-        ValueError: If a name matches nothing, num_blocks does not fit a layer, or a target's weight is shared with
-            another module (a tied weight would not see the update).
+        TypeError: If a target is of a kind that cannot be adapted.
+        ValueError: If a target's weight is shared with another module, num_blocks does not fit a target, nothing
+            matches, or the adapter's name is taken. The model is then as it was before, bit for bit.
+
+    Example:
+        >>> from diablo_theory import DiaBloConfig
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(model, DiaBloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
     """
-    if any(isinstance(module, DiaBloLinear) for module in model.modules()):
-        raise TypeError("model already has DiaBlo layers: merge them with merge_diablo first")
-    targets = target_layers(model, target_modules)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, layer in targets.items():
-        shared = [other for other in owners[id(layer.weight)] if other != f"{name}.weight"]
-        if shared:
+
+    prefix = PREFIX
+    tuner_layer_cls = DiaBloLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | dict.fromkeys(
+        LLAMA_LIKE, PAPER_TARGETS
+    )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As peft's, but whole or not at all: whatever is raised, the model and the configuration are as before."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, DiaBloConfig):
+            raise TypeError(f"adapter {adapter_name!r}: the configuration must be a DiaBloConfig, got {config!r}")
+        if any(adapter_name in layer.diablo_layout for layer in _layers(model)):
             raise ValueError(
-                f"target_modules: the weight of {name} is tied to {shared[0]} and cannot be adapted alone"
+                f"adapter_name {adapter_name!r} is taken: this model already has a DiaBlo adapter of that name. "
+                "Choose another, or delete it first"
             )
+        before = Snapshot(model, config)
+        self._owners = owners_of(model)
         try:
-            BlockLayout(layer.in_features, layer.out_features, num_blocks)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    model.requires_grad_(False)
-    adapted = {name: DiaBloLinear(layer, num_blocks) for name, layer in targets.items()}
-    for name, module in adapted.items():
-        model.set_submodule(name, module)
-    return adapted
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            before.restore(adapter_name)
+            raise NoMatchingPeftModuleError(f"{error}{_what_could_match(model, config)}") from None
+        except BaseException:
+            before.restore(adapter_name)
+            raise
+        finally:
+            del self._owners
+        _warn_unmatched(config, self.targeted_module_names)
+
+    def _prepare_adapter_config(self, peft_config: DiaBloConfig, model_config: dict[str, Any]) -> DiaBloConfig:
+        saved, here = peft_config.base_model_name_or_path, model_config.get("_name_or_path")
+        if saved and here and os.path.basename(saved.rstrip("/")) != os.path.basename(here.rstrip("/")):
+            warnings.warn(
+                f"the adapter's base_model_name_or_path is {saved!r}, this model is {here!r}: the blocks are changes "
+                "of the weights that they were trained on, and of no others",
+                stacklevel=2,
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: DiaBloConfig, model: nn.Module) -> None:
+        if peft_config.parameter_budget is not None:
+            _maybe_include_all_linear_layers(peft_config, model)
+            targets = {
+                name: module
+                for name, module in model.named_modules()
+                if name and self._check_target_module_exists(peft_config, name)
+            }
+            peft_config.num_blocks = budget_blocks(targets, peft_config)
+            peft_config.parameter_budget = None
+
+    def _create_and_replace(
+        self,
+        peft_config: DiaBloConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        pattern = peft_config.num_blocks_pattern or {}
+        num_blocks: Any = pattern.get(get_pattern_key(list(pattern), current_key), peft_config.num_blocks)
+        try:
+            check_target(target, parent, self._owners)
+            if isinstance(target, DiaBloLinear):
+                target.update_layer(adapter_name, num_blocks, peft_config)
+                return
+            layer = DiaBloLinear(target, adapter_name, num_blocks, peft_config, **get_quantization_kwargs(self))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{current_key}: {error}") from None
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if self.peft_config[adapter_name].dtype is None:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As peft's; every layer is checked before the first is changed.
+
+        Raises:
+            ValueError: If a merged entry would not be finite; no weight is changed then.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        else:
+            for layer in _layers(self.model):
+                if layer.merged:
+                    layer.unmerge()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        for layer in _layers(self.model):
+            layer.check_mergeable(layer.active_adapters if adapter_names is None else adapter_names)
+
+    def mode_summary(self) -> str:
+        """In which mode the active adapters' layers are, and why, in one line for each mode and reason."""
+        return mode_summary(self.model)
 
 
-def merge_diablo(model: nn.Module) -> int:
-    """Write every DiaBlo update into its layer's weight and put the plain layers back, in place.
+def mode_summary(model: nn.Module) -> str:
+    """As :meth:`DiaBloModel.mode_summary`, for any model that DiaBlo was injected into."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for layer in _layers(model):
+        for name in layer.active_adapters:
+            if name in layer.diablo_layout:
+                found[name, *layer.mode(name)] += 1
+    return "\n".join(
+        f"DiaBlo {name!r}: {count} {'layer' if count == 1 else 'layers'} {mode} ({reason})"
+        for (name, mode, reason), count in sorted(found.items())
+    )
 
-    Returns:
-        How many layers were merged.
 
-    Raises:
-        ValueError: If an update is not finite; that layer and those after it stay as they were.
-    """
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, DiaBloLinear)}
-    for name, module in adapted.items():
-        model.set_submodule(name, module.merged())
-    return len(adapted)
+def _layers(model: nn.Module) -> list[DiaBloLinear]:
+    return [module for module in model.modules() if isinstance(module, DiaBloLinear)]
+
+
+def _what_could_match(model: nn.Module, config: DiaBloConfig) -> str:
+    kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if _adaptable(module) and name}
+    if not kinds:
+        return " The model has no layer that DiaBlo can adapt (torch.nn.Linear, Conv1D)."
+    names = config.target_modules
+    wanted = sorted(names)[0] if isinstance(names, list | set) and names else ""
+    return nearest(wanted, kinds)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | DiaBloLinear) or type(module).__name__ == "Conv1D"
+
+
+def _warn_unmatched(config: DiaBloConfig, matched: Sequence[str]) -> None:
+    for pattern in config.num_blocks_pattern or {}:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in matched):
+            warnings.warn(f"num_blocks_pattern: {pattern!r} matches no adapted module", RuntimeWarning, stacklevel=3)
+    targets = config.target_modules
+    if isinstance(targets, set | list):
+        for target in sorted(targets):
+            if not any(name == target or name.endswith(f".{target}") for name in matched):
+                hint = nearest(target, {name.rpartition(".")[2] for name in matched})
+                message = f"target_modules: no adapted module is named {target!r}.{hint}"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)

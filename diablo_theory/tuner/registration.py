@@ -1,0 +1,41 @@
+"""Making DiaBlo known to peft, which has no plug-in mechanism for a tuner from outside."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from peft import mapping
+
+PREFIX = "diablo_"
+
+
+class DiaBloPeftType(enum.StrEnum):
+    """The type under which peft looks DiaBlo up; equal to, hashed and stored as the string "DIABLO".
+
+    peft's own enumeration cannot be extended, and a plain string lacks the ``value`` that transformers reads.
+    """
+
+    DIABLO = "DIABLO"
+
+
+def register(config: type[Any], model: type[Any]) -> None:
+    """Enter DiaBlo into peft's tables. Doing it twice changes nothing.
+
+    Raises:
+        RuntimeError: If something else already has the name, such as a DiaBlo of peft's own.
+    """
+    entries: dict[str, tuple[dict[Any, Any], Any]] = {
+        "config": (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, config),
+        "tuner": (mapping.PEFT_TYPE_TO_TUNER_MAPPING, model),
+        "prefix": (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+    }
+    for what, (table, ours) in entries.items():
+        theirs = table.get(DiaBloPeftType.DIABLO, ours)
+        if theirs != ours:
+            raise RuntimeError(
+                f"peft already has a {what} named {DiaBloPeftType.DIABLO.value!r} ({theirs}): "
+                "diablo_theory's tuner cannot be used beside it"
+            )
+    for table, ours in entries.values():
+        table[DiaBloPeftType.DIABLO] = ours
