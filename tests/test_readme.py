@@ -43,13 +43,15 @@ def test_every_command_is_listed_and_every_listed_command_exists():
     assert set(re.findall(r"^\| `diablo-theory (\w+)", README, flags=re.MULTILINE)) == commands
 
 
-def test_the_examples_run(tiny_model):
+def test_the_examples_run(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sums, example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
     exec(sums, names)
     assert int(names["problem"].space.rank) == 6
     exec(example.replace("path/to/model", str(tiny_model)).replace("num_blocks=64", "num_blocks=6"), names)
-    assert not any("diablo" in name for name, _ in names["model"].named_parameters())
+    assert not any("diablo" in name for name, _ in names["plain"].named_parameters())
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_every_make_target_that_is_named_exists():
