@@ -3,8 +3,9 @@
 from diablo_theory.tuner.config import DiaBloConfig
 from diablo_theory.tuner.layer import DiaBloLinear
 from diablo_theory.tuner.model import DiaBloModel, mode_summary
-from diablo_theory.tuner.registration import register
+from diablo_theory.tuner.registration import register, report_modes
 
 __all__ = ["DiaBloConfig", "DiaBloLinear", "DiaBloModel", "mode_summary"]
 
 register(DiaBloConfig, DiaBloModel)
+report_modes(mode_summary)

@@ -74,7 +74,7 @@ def check_target(target: nn.Module, parent: nn.Module, owners: Mapping[int, list
         owners: From :func:`owners_of`.
 
     Raises:
-        TypeError: If the layer is another tuner's, or part of ``nn.MultiheadAttention``.
+        TypeError: If the layer is of another kind, another tuner's, or part of ``nn.MultiheadAttention``.
         ValueError: If its weight is tied, or its parent reads the weight without calling the layer.
     """
     if isinstance(target, DiaBloLinear):
@@ -82,6 +82,7 @@ def check_target(target: nn.Module, parent: nn.Module, owners: Mapping[int, list
     if isinstance(target, BaseTunerLayer):
         kind = f"{type(target).__module__.split('.')[-2]}.{type(target).__name__}"
         raise TypeError(f"is already adapted by {kind}; merge that adapter or unload it first")
+    _features(target)
     if isinstance(parent, nn.MultiheadAttention):
         raise TypeError("nn.MultiheadAttention reads this weight without calling the layer: an adapter has no effect")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():

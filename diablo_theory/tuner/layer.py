@@ -336,7 +336,8 @@ def features(layer: nn.Module, *, quantised: bool) -> tuple[int, int]:
         sizes: Any = layer.in_features, layer.out_features
         return sizes
     raise TypeError(
-        f"is a {type(layer).__name__}; DiaBlo adapts torch.nn.Linear and transformers' Conv1D, plain or quantised"
+        f"is of type {type(layer).__name__}; "
+        "DiaBlo adapts torch.nn.Linear and transformers' Conv1D, plain or quantised"
     )
 
 

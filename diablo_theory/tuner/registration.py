@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from peft import mapping
+from peft import PeftModel, mapping
 
 PREFIX = "diablo_"
 
@@ -39,3 +41,26 @@ def register(config: type[Any], model: type[Any]) -> None:
             )
     for table, ours in entries.values():
         table[DiaBloPeftType.DIABLO] = ours
+
+
+def report_modes(summary: Callable[[Any], str]) -> None:
+    """Let peft's ``print_trainable_parameters`` say below its counts in which mode DiaBlo's layers are, and why.
+
+    peft prints from a method of its own that asks no tuner, so that method is extended; for other tuners it prints
+    what it did. Doing it twice changes nothing.
+
+    Args:
+        summary: A DiaBlo model to its lines.
+    """
+    plain = PeftModel.print_trainable_parameters
+    if hasattr(plain, "reports_diablo_modes"):
+        return
+
+    @functools.wraps(plain)
+    def print_trainable_parameters(self: PeftModel) -> None:
+        plain(self)
+        if getattr(self.base_model, "prefix", None) == PREFIX:
+            print(summary(self.base_model))
+
+    print_trainable_parameters.reports_diablo_modes = True  # type: ignore[attr-defined]
+    PeftModel.print_trainable_parameters = print_trainable_parameters

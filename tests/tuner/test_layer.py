@@ -264,8 +264,13 @@ def test_several_active_adapters_add_up():
 @pytest.mark.parametrize(
     ("module", "num_blocks", "kind", "message"),
     [
-        (nn.Conv1d(3, 3, 1), 1, TypeError, "is a Conv1d; DiaBlo adapts torch.nn.Linear and transformers' Conv1D"),
-        (nn.Embedding(10, 4), 1, TypeError, "is a Embedding"),
+        (
+            nn.Conv1d(3, 3, 1),
+            1,
+            TypeError,
+            "is of type Conv1d; DiaBlo adapts torch.nn.Linear and transformers' Conv1D",
+        ),
+        (nn.Embedding(10, 4), 1, TypeError, "is of type Embedding"),
         (nn.Linear(12, 18), 0, ValueError, "num_blocks must be at least 1, got 0"),
         (nn.Linear(12, 18), 2.0, TypeError, "num_blocks must be an integer, got 2.0"),
         (nn.Linear(12, 18), 19, ValueError, "num_blocks must be at most 18 for a 12 x 18 matrix, got 19"),
