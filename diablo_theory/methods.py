@@ -1,11 +1,12 @@
-"""Every compared method, by name and parameter budget. DiaBlo's budget sets LoRA's rank."""
+"""Every compared method, by name and parameter budget. DiaBlo's budget sets the others' size."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import peft
 import torch
@@ -15,6 +16,7 @@ from diablo_theory.blocks import BlockLayout
 from diablo_theory.errors import nearest
 from diablo_theory.tuner import DiaBloConfig
 
+#: What a run file may name; the step benchmark takes every family.
 Method = Literal["none", "full", "lora", "diablo"]
 
 #: Column suffix of the gradient norms -> how a parameter of that group is recognised in its name.
@@ -43,22 +45,68 @@ class Prepared:
     total_params: int
 
 
-def nearest_lora_rank(layers: Sequence[nn.Linear], budget: int) -> int:
-    """The LoRA rank, one for all layers, whose parameter count is nearest to a budget (the smaller on a tie).
+@dataclass(frozen=True)
+class Family:
+    """An adapter with one knob for all layers, and what a knob costs.
+
+    Attributes:
+        label: Name in tables, with ``{}`` for the knob.
+        count: (knob, m1, m2) to the trainable parameters of one matrix.
+        config: Knob to peft's configuration, as that method's authors use it where they say so.
+        divides: The knob must divide both sizes of every matrix.
+    """
+
+    label: str
+    count: Callable[[int, int, int], int]
+    config: Callable[[int], peft.PeftConfig]
+    divides: bool = False
+
+
+def _lora(rank: int, **options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **options)
+
+
+def _diablo(num_blocks: int, m1: int, m2: int) -> int:
+    return BlockLayout(m1, m2, num_blocks).num_parameters
+
+
+#: Every adapter that is compared, by name. DiaBlo's knob is N.
+FAMILIES: dict[str, Family] = {
+    "diablo": Family("DiaBlo N={}", _diablo, lambda n: DiaBloConfig(num_blocks=n)),
+    "diablo-additive": Family("DiaBlo additive N={}", _diablo, lambda n: DiaBloConfig(num_blocks=n, mode="additive")),
+    "lora": Family("LoRA r={}", lambda r, m1, m2: r * (m1 + m2), _lora),
+    "dora": Family("DoRA r={}", lambda r, m1, m2: r * (m1 + m2) + m2, lambda r: _lora(r, use_dora=True)),
+    "lora-fa": Family("LoRA-FA r={}", lambda r, m1, m2: r * m2, _lora),
+    "miss": Family("MiSS r={}", lambda r, m1, m2: r * m2, lambda r: peft.MissConfig(r=r)),
+    "c3a": Family(
+        "C3A b={}", lambda b, m1, m2: m1 * m2 // b, lambda b: peft.C3AConfig(block_size=b, init_weights=True), True
+    ),
+    "shira": Family("SHiRA r={}", lambda r, m1, m2: r * (m1 + m2), lambda r: peft.ShiraConfig(r=r, random_seed=0)),
+}
+
+
+def nearest_knob(family: Family, layers: Sequence[nn.Linear], budget: int) -> int:
+    """The knob, one for all layers, whose parameter count is nearest to a budget (the smaller on a tie).
 
     DEVIATION(lora-budget): the paper compares configurations whose rounded percentages are near; here DiaBlo's count
-    decides, and both counts are printed.
+    decides, and all counts are printed.
 
     Args:
-        layers: The adapted layers; rank r costs r (m1 + m2) on each.
+        family: The adapter.
+        layers: The adapted layers.
         budget: Trainable parameters to come close to.
 
     Returns:
-        At least 1.
+        At least 1 (a rank, a block size).
     """
-    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
-    below = max(1, budget // per_rank)
-    return min((below, below + 1), key=lambda rank: abs(rank * per_rank - budget))
+    sizes = [(layer.in_features, layer.out_features) for layer in layers]
+    knobs = range(1, min(min(size) for size in sizes) + 1)
+    if family.divides:
+        common = math.gcd(*(n for size in sizes for n in size))
+        knobs_that_fit = [knob for knob in knobs if common % knob == 0]
+    else:
+        knobs_that_fit = list(knobs)
+    return min(knobs_that_fit, key=lambda knob: abs(sum(family.count(knob, *size) for size in sizes) - budget))
 
 
 def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
@@ -94,7 +142,7 @@ def target_layers(model: nn.Module, target_modules: Sequence[str]) -> dict[str, 
     return {name: found[name] for name in modules if name in found}
 
 
-def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: Sequence[str], seed: int) -> Prepared:
+def prepare(model: nn.Module, method: str, num_blocks: int, target_modules: Sequence[str], seed: int) -> Prepared:
     """Make exactly the parameters of one method trainable, in place.
 
     DEVIATION(full-targets): full fine-tuning trains the same matrices that the adapters touch, so that the methods
@@ -103,15 +151,21 @@ def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: S
 
     Args:
         model: A freshly loaded model.
-        method: ``none`` (nothing), ``full`` (the weights of the targets), ``lora`` (peft's own, alpha = 2 r, no
-            dropout, rank nearest to DiaBlo's count), ``diablo``.
-        num_blocks: DiaBlo's N; it sets LoRA's budget too.
+        method: ``none`` (nothing), ``full`` (the weights of the targets), or a name in ``FAMILIES``: peft's own,
+            without dropout, LoRA's alpha = 2 r, of the size nearest to DiaBlo's count.
+        num_blocks: DiaBlo's N; it sets the others' budget too.
         target_modules: The adapted matrices, the same for all methods.
-        seed: Of LoRA's random A.
+        seed: Of the adapter's random start.
 
     Returns:
         The prepared model with its counts.
+
+    Raises:
+        ValueError: If there is no such method, or a target matches nothing.
+        TypeError: If a target is no plain ``nn.Linear``.
     """
+    if method not in (known := ["none", "full", *FAMILIES]):
+        raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}.{nearest(method, known)}")
     total = sum(parameter.numel() for parameter in model.parameters())
     targets = target_layers(model, target_modules)
     model.requires_grad_(False)
@@ -120,21 +174,24 @@ def prepare(model: nn.Module, method: Method, num_blocks: int, target_modules: S
         for layer in targets.values():
             layer.weight.requires_grad_(True)
         label = "Full fine-tuning"
-    elif method == "lora":
-        budget = sum(BlockLayout(x.in_features, x.out_features, num_blocks).num_parameters for x in targets.values())
-        rank = nearest_lora_rank(list(targets.values()), budget)
-        model = _with_adapter(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0), targets, seed)
-        label = f"LoRA r={rank}"
-    elif method == "diablo":
-        model = _with_adapter(model, DiaBloConfig(num_blocks=num_blocks), targets, seed)
-        label = f"DiaBlo N={num_blocks}"
+    elif method != "none":
+        family = FAMILIES[method]
+        budget = sum(_diablo(num_blocks, layer.in_features, layer.out_features) for layer in targets.values())
+        ours = method.startswith("diablo")
+        knob = num_blocks if ours else nearest_knob(family, list(targets.values()), budget)
+        model = _with_adapter(model, family.config(knob), targets, seed)
+        label = family.label.format(knob)
+        if method == "lora-fa":
+            for name, parameter in model.named_parameters():
+                if ".lora_A." in name:
+                    parameter.requires_grad_(False)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Prepared(model, label, trainable, total)
 
 
 def _with_adapter(model: nn.Module, config: peft.PeftConfig, targets: Iterable[str], seed: int) -> nn.Module:
     config.target_modules = set(targets)
-    config.task_type = "CAUSAL_LM"
+    config.task_type = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft 0.21 asks transformers 5 for a property by its old name.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -75,6 +75,8 @@ def additive(
     blocks: Float[Tensor, "k d1 d2"],
     tail: Float[Tensor, "r c"] | None,
     layout: BlockLayout,
+    *,
+    overwrite: bool = False,
 ) -> Float[Tensor, "*batch m2"]:
     """The frozen layer's output plus the block product, in the dtypes of each.
 
@@ -84,6 +86,7 @@ def additive(
         blocks: As in :func:`block_product`; cast to the dtype of x.
         tail: As in :func:`block_product`; cast to the dtype of x.
         layout: As in :func:`block_product`.
+        overwrite: ``base_output`` belongs to the caller alone and may be added into, which saves a pass over it.
 
     Returns:
         Shape (..., m2), the dtype of ``base_output``.
@@ -91,6 +94,8 @@ def additive(
     blocks, tail = blocks.to(x.dtype), None if tail is None else tail.to(x.dtype)
     if torch.compiler.is_compiling():  # plain operations, which the compiler fuses; it cannot look into a Function
         return base_output + _plain_product(x, blocks, tail, layout).to(base_output.dtype)
+    if overwrite and base_output.dtype == x.dtype and base_output.is_contiguous():
+        return _Additive.apply(base_output, x, blocks, tail, layout)
     return base_output + block_product(x, blocks, tail, layout).to(base_output.dtype)
 
 
@@ -156,21 +161,31 @@ def _plain_product(x: Tensor, blocks: Tensor, tail: Tensor | None, layout: Block
     return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).reshape(*x.shape[:-1], layout.out_features)
 
 
-def _product(rows: Tensor, blocks: Tensor, tail: Tensor | None, layout: BlockLayout) -> Tensor:
-    """The kernel of :func:`block_product`: shape (tokens, m1) to (tokens, m2), no gradient."""
+def _product(
+    rows: Tensor, blocks: Tensor, tail: Tensor | None, layout: BlockLayout, into: Tensor | None = None
+) -> Tensor:
+    """The kernel of :func:`block_product`: shape (tokens, m1) to (tokens, m2), or added ``into`` that; no gradient."""
     k, d1, d2 = blocks.shape
-    out = rows.new_empty(rows.shape[0], layout.out_features)
-    grouped, target = _groups(rows, k, d1), _groups(out, k, d2)
-    if d1 == 1:
-        torch.mul(grouped, blocks, out=target)
-    elif d2 == 1:
-        target.copy_(torch.einsum("kti,kio->kto", grouped, blocks))
+    if d2 == 1 < d1:  # einsum knows an order of axes in which one column a block needs no copy
+        change = torch.einsum("tki,kio->tko", _groups(rows, k, d1).transpose(0, 1), blocks).flatten(1)
+        if into is None and k == layout.out_features:
+            return change
+        out = change.new_zeros(rows.shape[0], layout.out_features) if into is None else into
+        out[:, :k].add_(change)
     else:
-        target.copy_(torch.bmm(grouped, blocks))
-    if k * d2 < layout.out_features:
-        out[:, k * d2 :].zero_()
-        if tail is not None:
-            out[:, layout.cols(k)] = rows[:, layout.rows(k)] @ tail
+        out = rows.new_empty(rows.shape[0], layout.out_features) if into is None else into
+        grouped, target = _groups(rows, k, d1), _groups(out, k, d2)
+        if k == 1:
+            target[0].addmm_(grouped[0], blocks[0], beta=0 if into is None else 1)
+        elif d1 == 1:
+            torch.mul(grouped, blocks, out=target) if into is None else target.addcmul_(grouped, blocks)
+        else:
+            change = torch.bmm(grouped, blocks)
+            target.copy_(change) if into is None else target.add_(change)
+        if into is None and k * d2 < layout.out_features:
+            out[:, k * d2 :].zero_()
+    if tail is not None:
+        out[:, layout.cols(k)].addmm_(rows[:, layout.rows(k)], tail)
     return out
 
 
@@ -251,6 +266,29 @@ class _Gradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_g = _Product.apply(x, blocks, tail, layout)
         return grad_x, grad_g, None
+
+
+class _Additive(torch.autograd.Function):
+    """A base layer's output with the block product added into it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, blocks: Tensor, tail: Tensor | None, layout: BlockLayout) -> Tensor:
+        ctx.save_for_backward(x, blocks, tail)
+        ctx.layout = layout
+        ctx.mark_dirty(out)
+        _product(_rows(x), blocks, tail, layout, into=_rows(out))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, blocks, tail = ctx.saved_tensors
+        grad_x = grad_blocks = grad_tail = None
+        if ctx.needs_input_grad[1]:
+            turned = blocks.mT, None if tail is None else tail.mT
+            grad_x = _Product.apply(_rows(g), *turned, _transposed(ctx.layout)).view(x.shape)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            grad_blocks, grad_tail = _Gradient.apply(_rows(x), _rows(g), ctx.layout)
+        return g, grad_x, grad_blocks, grad_tail, None
 
 
 class BlockWriter:

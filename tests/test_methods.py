@@ -1,3 +1,6 @@
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +16,7 @@ def model(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("method", ["none", "full", "lora", "diablo"])
+@pytest.mark.parametrize("method", ["none", "full", *methods.FAMILIES])
 def test_every_method_starts_as_the_untouched_model(model, method):
     ids = torch.arange(10)[None]
     before = model(input_ids=ids).logits
@@ -30,15 +33,37 @@ def test_counts_labels_and_denominator(model):
 
 
 def test_lora_has_the_nearest_rank_to_diablos_budget(model):
-    layers = [nn.Linear(36, 36), nn.Linear(36, 50)]
+    lora, layers = methods.FAMILIES["lora"], [nn.Linear(36, 36), nn.Linear(36, 50)]
     per_rank = 72 + 86
-    assert methods.nearest_lora_rank(layers, 3 * per_rank) == 3
-    assert methods.nearest_lora_rank(layers, 3 * per_rank + per_rank // 2 + 1) == 4
-    assert methods.nearest_lora_rank(layers, 3 * per_rank + per_rank // 2 - 1) == 3
-    assert methods.nearest_lora_rank(layers, 1) == 1
+    assert methods.nearest_knob(lora, layers, 3 * per_rank) == 3
+    assert methods.nearest_knob(lora, layers, 3 * per_rank + per_rank // 2 + 1) == 4
+    assert methods.nearest_knob(lora, layers, 3 * per_rank + per_rank // 2 - 1) == 3
+    assert methods.nearest_knob(lora, layers, 1) == 1
     prepared = methods.prepare(model, "lora", 6, TARGETS, seed=0)
     # per layer and rank: q 72, k and v 48 each, up and down 86 each = 340; DiaBlo N=6 has 216 + 144 + 2*(8*54+6*2...)
     assert prepared.label == f"LoRA r={prepared.trainable_params // 680}"
+
+
+@pytest.mark.parametrize("method", methods.FAMILIES)
+def test_counts_are_the_true_ones_and_the_nearest_to_the_budget(method, model):
+    layers = list(methods.target_layers(model, TARGETS).values())
+    budget = methods.prepare(copy.deepcopy(model), "diablo", 6, TARGETS, seed=0).trainable_params
+    family = methods.FAMILIES[method]
+    prepared = methods.prepare(model, method, 6, TARGETS, seed=0)
+    knob = int(prepared.label.rpartition("=")[2])
+    assert prepared.trainable_params == sum(family.count(knob, x.in_features, x.out_features) for x in layers)
+    step = 2 if family.divides else 1
+    for other in (knob - step, knob + step):
+        if other >= 1 and not (family.divides and math.gcd(36, 12, 50) % other):
+            count = sum(family.count(other, x.in_features, x.out_features) for x in layers)
+            assert abs(prepared.trainable_params - budget) <= abs(count - budget)
+
+
+def test_an_unknown_method_is_named(model):
+    with pytest.raises(
+        ValueError, match=r"method must be one of none, full, diablo.*got 'lorra'. Did you mean 'lora'"
+    ):
+        methods.prepare(model, "lorra", 6, TARGETS, seed=0)
 
 
 def test_gradient_groups_cover_exactly_the_trainable_parameters(tiny_model):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.console import Console
 from diablo_theory import __version__
 from diablo_theory.errors import ConfigError, DiabloTheoryError
 
+Number = TypeVar("Number", int, float)
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -57,6 +58,19 @@ def require_folder(out: Path | None) -> None:
     """Refuse a --out that is a file before anything is computed for it."""
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out must be a folder, got the file {out}")
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """The values of an option such as ``--blocks 64,16``.
+
+    Raises:
+        ConfigError: If one is no number of the kind; the message names the option.
+    """
+    try:
+        return tuple(kind(value) for value in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option} must be comma-separated {what}, got {text!r}") from None
 
 
 def wrote(paths: list[Path]) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
-from diablo_theory.cli.common import app, console, options_checked, require_folder, wrote
-
-Number = TypeVar("Number", int, float)
+from diablo_theory.cli.common import app, console, numbers, options_checked, require_folder, wrote
 
 
 @app.command()
@@ -96,12 +93,12 @@ def gap_map(
 
     with options_checked():
         grid = Grid(
-            ranks=_numbers("--ranks", ranks, int),
-            block_counts=_numbers("--blocks", blocks, int),
-            conditions=_numbers("--conditions", conditions, float),
+            ranks=numbers("--ranks", ranks, int),
+            block_counts=numbers("--blocks", blocks, int),
+            conditions=numbers("--conditions", conditions, float),
             target=target,
-            target_ranks=_numbers("--target-ranks", target_ranks, int),
-            noises=_numbers("--noises", noises, float),
+            target_ranks=numbers("--target-ranks", target_ranks, int),
+            noises=numbers("--noises", noises, float),
             rows=rows,
             size=size,
             outputs=outputs,
@@ -169,13 +166,3 @@ def speed(
             lines = lines.assign(**{key: here[key] for key in PROVENANCE})
             write_with(out / f"{name}.csv", partial(lines.to_csv, index=False))
             wrote([out / f"{name}.csv"])
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    from diablo_theory.errors import ConfigError
-
-    try:
-        return tuple(kind(value) for value in text.split(","))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"{option} must be comma-separated {what}, got {text!r}") from None

@@ -133,10 +133,12 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        # Nobody else holds what a plain layer returns.
+        ours = self._why_never_merged() is None and _why_not_plain(self.base_layer) is None
         for name in active:
             blocks, tail = self.parts(name)
-            inputs = self._cast_input_dtype(x, _product_dtype(x, blocks.dtype))
-            result = ops.additive(result, self.diablo_dropout[name](inputs), blocks, tail, self.diablo_layout[name])
+            inputs = self.diablo_dropout[name](self._cast_input_dtype(x, _product_dtype(x, blocks.dtype)))
+            result = ops.additive(result, inputs, blocks, tail, self.diablo_layout[name], overwrite=ours)
         return result
 
     def _merged_forward(self, x: Tensor, name: str) -> Tensor:
@@ -182,10 +184,8 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             return reason
         base = self.base_layer
         weight = base.weight
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return "the base layer has hooks, which must see its own output"
-        if "forward" in base.__dict__:
-            return "the base layer's forward method was replaced (offloading, for example)"
+        if reason := _why_not_plain(base):
+            return reason
         if isinstance(self.diablo_dropout[adapter_name], nn.Dropout):
             return "dropout acts on the adapter's input alone"
         if type(weight) not in (nn.Parameter, Tensor):
@@ -339,6 +339,15 @@ def features(layer: nn.Module, *, quantised: bool) -> tuple[int, int]:
         f"is of type {type(layer).__name__}; "
         "DiaBlo adapts torch.nn.Linear and transformers' Conv1D, plain or quantised"
     )
+
+
+def _why_not_plain(base: nn.Module) -> str | None:
+    """Why somebody may be watching what a base layer returns, or returning something else."""
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return "the base layer has hooks, which must see its own output"
+    if "forward" in base.__dict__:
+        return "the base layer's forward method was replaced (offloading, for example)"
+    return None
 
 
 def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,220 @@
+"""What is timed: one linear layer or a Llama-type model of chosen shapes, prepared for each method."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.optimizers import create_lorafa_optimizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from diablo_theory import methods
+from diablo_theory.blocks import BlockLayout
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+#: In the order of tables. "floor": everything frozen, the forward pass and the gradient of the input only.
+METHODS = ("floor", "diablo", "diablo-additive", "einsum", "lora", "dora", "miss", "c3a", "lora-fa", "shira", "full")
+#: Name to (hidden size, MLP size, attention heads, key-value heads, vocabulary).
+SHAPES = {
+    "smollm2-135m": (576, 1536, 9, 3, 49_152),
+    "smollm2-360m": (960, 2560, 15, 5, 49_152),
+    "llama-3.2-1b": (2048, 8192, 32, 8, 128_256),
+    "llama-2-7b": (4096, 11_008, 32, 32, 32_000),
+    "tiny": (36, 50, 6, 2, 64),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A module and how it becomes a loss.
+
+    Attributes:
+        name: For tables.
+        module: The base; contenders share its frozen parameters.
+        loss: The module, or a version of it with an adapter, to a scalar.
+        targets: Names of the adapted matrices.
+        tokens: Rows of the input.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+    targets: tuple[str, ...]
+    tokens: int
+
+
+def llama(
+    shape: str, layers: int, batch: int, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Workload:
+    """A randomly initialised Llama-type language model with its loss over all tokens.
+
+    Args:
+        shape: A name in :data:`SHAPES`.
+        layers: Decoder layers.
+        batch: Sequences.
+        length: Tokens of each.
+        device: Where it runs.
+        dtype: Of weights and activations.
+
+    Returns:
+        The workload. The embeddings' output is its input and asks for a gradient, so that every method computes the
+        input gradients of all layers, the floor included.
+    """
+    hidden, mlp, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=max(length, 32),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(device, dtype).train()
+        ids = torch.randint(vocabulary, (batch, length)).to(device)
+    embedded = model.get_input_embeddings()(ids).detach()
+
+    def loss(module: nn.Module) -> Tensor:
+        inputs = embedded.detach().requires_grad_()
+        value: Tensor = module(inputs_embeds=inputs, labels=ids, use_cache=False).loss
+        return value
+
+    name = f"{shape}, {layers} layers, {batch} x {length} tokens"
+    return Workload(name, model.requires_grad_(False), loss, TARGETS, batch * length)
+
+
+def linear(m1: int, m2: int, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Workload:
+    """One linear layer, m1 to m2, on so many tokens, with the sum of its outputs weighted at random as loss."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.ModuleDict({"layer": nn.Linear(m1, m2, bias=False)}).to(device, dtype).requires_grad_(False)
+        x, g = (torch.randn(tokens, size, dtype=dtype).to(device) for size in (m1, m2))
+
+    def loss(module: nn.Module) -> Tensor:
+        layer = next(child for name, child in module.named_modules() if name.rpartition(".")[2] == "layer")
+        out: Tensor = layer(x.detach().requires_grad_())
+        return (out * g).sum()
+
+    return Workload(f"{m1} x {m2}, {tokens} tokens", module, loss, ("layer",), tokens)
+
+
+class EinsumLinear(nn.Module):
+    """The paper's formulation: the frozen layer's output plus an einsum over blocks, zero-padded where ragged.
+
+    Source: arXiv 2506.03230v2, section 3, as the authors' code has it.
+    """
+
+    def __init__(self, base_layer: nn.Linear, num_blocks: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        d1, d2 = -(-base_layer.in_features // num_blocks), -(-base_layer.out_features // num_blocks)
+        self.blocks = nn.Parameter(base_layer.weight.new_zeros(num_blocks, d1, d2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., m1) to (..., m2)."""
+        out: Tensor = self.base_layer(x)
+        num_blocks, d1, d2 = self.blocks.shape
+        if missing := num_blocks * d1 - x.shape[-1]:
+            x = nn.functional.pad(x, (0, missing))
+        grouped = x.reshape(*x.shape[:-1], num_blocks, d1)
+        change = torch.einsum("...ni,nio->...no", grouped, self.blocks)
+        return out + change.reshape(*out.shape[:-1], num_blocks * d2)[..., : out.shape[-1]]
+
+
+class Step:
+    """One method on a workload: a whole training step, or the floor's forward and backward pass."""
+
+    def __init__(self, workload: Workload, method: str, num_blocks: int, seed: int = 0) -> None:
+        self.method = method
+        self._workload = workload
+        own = method == "full"
+        shared = {} if own else {id(p): p for p in workload.module.parameters()}
+        module = copy.deepcopy(workload.module, shared)
+        self.label, self.module = _prepared(module, method, num_blocks, workload.targets, seed)
+        self.trainable = [p for p in self.module.parameters() if p.requires_grad]
+        self._optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer | None:
+        if not self.trainable:
+            return None
+        if self.method == "lora-fa":
+            rank = int(self.label.rpartition("=")[2])
+            optimizer: torch.optim.Optimizer = create_lorafa_optimizer(self.module, rank, 2 * rank, lr=0.0)
+            return optimizer
+        # A rate of zero keeps every round the same work on the same numbers.
+        return torch.optim.AdamW(self.trainable, lr=0.0, fused=True)
+
+    def step(self, mark: Callable[[], None] = lambda: None) -> None:
+        """Forward, backward, optimizer; ``mark`` is called after each."""
+        loss = self._workload.loss(self.module)
+        mark()
+        loss.backward()  # type: ignore[no-untyped-call]
+        mark()
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        mark()
+
+    def static_bytes(self) -> int:
+        """Parameters, buffers and optimizer state: what lies in memory between two steps."""
+        state: Iterable[Any] = ()
+        if self._optimizer is not None:
+            state = itertools.chain.from_iterable(entry.values() for entry in self._optimizer.state.values())
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers(), state)
+        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+    def trainable_bytes(self) -> int:
+        """Of the parameters that train."""
+        return sum(p.nbytes for p in self.trainable)
+
+
+def _prepared(
+    module: nn.Module, method: str, num_blocks: int, targets: Sequence[str], seed: int
+) -> tuple[str, nn.Module]:
+    if method == "einsum":
+        for name, layer in methods.target_layers(module, targets).items():
+            module.set_submodule(name, EinsumLinear(layer, num_blocks))
+        return f"einsum N={num_blocks}", module
+    if method == "floor":
+        return "floor", module
+    prepared = methods.prepare(module, method, num_blocks, targets, seed)
+    return prepared.label, prepared.model
+
+
+def input_bytes(workload: Workload) -> int:
+    """What the adapted layers' inputs take, each counted once however many layers read it."""
+    found: dict[int, int] = {}
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found[args[0].data_ptr()] = args[0].nbytes
+
+    layers = methods.target_layers(workload.module, workload.targets).values()
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with torch.enable_grad():  # inputs stay alive in the graph, so no address is used twice
+            keep = workload.loss(workload.module)
+            del keep
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(found.values())
+
+
+def block_counts(workload: Workload) -> range:
+    """The numbers of blocks that fit every adapted matrix."""
+    layers = methods.target_layers(workload.module, workload.targets).values()
+    return range(1, min(max(layer.in_features, layer.out_features) for layer in layers) + 1)
+
+
+def trainable_entries(workload: Workload, num_blocks: int) -> int:
+    """DiaBlo's count, which sets everybody's budget."""
+    layers = methods.target_layers(workload.module, workload.targets).values()
+    return sum(BlockLayout(layer.in_features, layer.out_features, num_blocks).num_parameters for layer in layers)

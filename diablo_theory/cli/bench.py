@@ -1,0 +1,78 @@
+"""``diablo-theory bench``: steps of every method beside the floor."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diablo_theory.cli.common import app, console, numbers, options_checked, require_folder, wrote
+from diablo_theory.progress import Board
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        str, typer.Option(help="smollm2-135m, smollm2-360m, llama-3.2-1b, llama-2-7b, or a layer such as 4096x11008.")
+    ] = "smollm2-135m",
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers (of a model).")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 256,
+    blocks: Annotated[str, typer.Option(help="DiaBlo's N, a comparison each; it sets the budget.")] = "64,16",
+    methods: Annotated[str, typer.Option(help="Comma-separated; all of them when left out.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; 20 or more for an interval of 1%.")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for times.csv, contenders.csv and a figure.")] = None,
+) -> None:
+    """Time whole training steps of every method at equal budgets, in turn in one process, beside the floor.
+
+    The floor is the same model with everything frozen: the forward pass and the gradient of the input only. Ratios
+    are medians over paired rounds with a 95% interval; leave the machine alone meanwhile. All methods on the default
+    model take about 12 minutes on two cores.
+
+    Example: `diablo-theory bench --methods diablo,lora,einsum --blocks 64 --rounds 8`
+    """
+    import torch
+
+    from diablo_theory.bench import METHODS, SHAPES, Suite, run_suite
+    from diablo_theory.bench.workloads import Workload, linear, llama
+    from diablo_theory.errors import ConfigError, nearest
+    from diablo_theory.files import write_with
+    from diablo_theory.finetune.models import pick_device
+    from diablo_theory.provenance import provenance
+    from diablo_theory.reporting.speeds import PROVENANCE
+    from diablo_theory.reporting.steps import draw_steps, step_table, summarise
+    from diablo_theory.reporting.style import save
+
+    require_folder(out)
+    wanted = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
+    for name in wanted:
+        if name not in METHODS:
+            raise ConfigError(f"--methods: unknown method {name!r}.{nearest(name, METHODS)}")
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    where = pick_device(device)
+    sizes = shape.split("x")
+    workload: Workload
+    if len(sizes) == 2 and all(size.isdigit() and int(size) > 0 for size in sizes):
+        workload = linear(int(sizes[0]), int(sizes[1]), batch * length, where, dtypes[dtype])
+    elif shape in SHAPES:
+        workload = llama(shape, layers, batch, length, where, dtypes[dtype])
+    else:
+        raise ConfigError(f"--shape: no shape {shape!r} (or a layer such as 4096x11008).{nearest(shape, SHAPES)}")
+    with options_checked():
+        suite = Suite(workload, numbers("--blocks", blocks, int), wanted, rounds, where)
+    with Board(console).piece(f"{workload.name}: {len(wanted)} methods", suite.work) as advance:
+        times, contenders = run_suite(suite, advance)
+    summary = summarise(times, contenders)
+    console.print(step_table(summary))
+    if out is not None:
+        here = provenance(where)
+        contenders = contenders.assign(**{key: here[key] for key in PROVENANCE})
+        write_with(out / "times.csv", partial(times.to_csv, index=False))
+        write_with(out / "contenders.csv", partial(contenders.to_csv, index=False))
+        wrote([out / "times.csv", out / "contenders.csv", *save(draw_steps(summary), out, "steps")])

@@ -1,0 +1,141 @@
+"""Saved step benchmarks: read, written as a table, and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.intervals import time_ratio
+from diablo_theory.reporting.plots import styled
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY
+
+PHASES = ("forward", "backward", "optimizer")
+TIMES = ("workload", "num_blocks", "round", "method", "phase", "seconds")
+CONTENDERS = ("workload", "num_blocks", "name", "method", "trainable", "tokens", "static_mib", "step_peak_mib")
+REFERENCES = {"floor": "floor", "lora": "LoRA", "einsum": "einsum"}
+
+
+def read_steps(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The times and contenders that ``diablo-theory bench --out`` wrote.
+
+    Raises:
+        ResultsError: If a file is missing, damaged or of another kind.
+    """
+    tables = []
+    for name, columns in (("times", TIMES), ("contenders", CONTENDERS)):
+        path = folder / f"{name}.csv"
+        try:
+            table = pd.read_csv(path, keep_default_na=False)
+        except (ValueError, OSError) as error:
+            raise ResultsError(f"{path} cannot be read ({error}); `diablo-theory bench --out` writes it") from error
+        if missing := [column for column in columns if column not in table]:
+            raise ResultsError(f"{path} lacks the columns {', '.join(missing)}")
+        tables.append(table)
+    return tables[0], tables[1]
+
+
+def summarise(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
+    """One row for each workload, N and method.
+
+    Args:
+        times: As from :func:`read_steps`.
+        contenders: As from :func:`read_steps`.
+
+    Returns:
+        The contenders' columns and, as medians over rounds: forward, backward, optimizer, step (seconds),
+        tokens_per_second, and for each reference that was run ``over_<reference>`` (the whole step, paired ratio)
+        with ``_low`` and ``_high`` (95% interval of the median).
+    """
+    rows = []
+    for row in contenders.to_dict("records"):
+        mine = times[(times["workload"] == row["workload"]) & (times["num_blocks"] == row["num_blocks"])]
+        own = mine[mine["method"] == row["method"]].groupby("phase")["seconds"].median()
+        row |= {str(phase): float(value) for phase, value in own.items()}
+        row["tokens_per_second"] = row["tokens"] / row["step"]
+        whole = mine[mine["phase"] == "step"]
+        beside = contenders[
+            (contenders["workload"] == row["workload"]) & (contenders["num_blocks"] == row["num_blocks"])
+        ]
+        labels = beside.set_index("name")["method"]
+        for name in REFERENCES:
+            if name in labels:
+                ratio = time_ratio(whole, row["method"], labels[name])
+                row |= {f"over_{name}": ratio.value, f"over_{name}_low": ratio.low, f"over_{name}_high": ratio.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def readable_steps(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary in words, a line for each contender."""
+
+    def ratio(row: Mapping[Any, Any], name: str) -> str:
+        value = row.get(f"over_{name}", np.nan)
+        return "—" if np.isnan(value) else f"{value:.3f}"
+
+    lines = []
+    for row in summary.to_dict("records"):
+        low, high = row["over_floor_low"], row["over_floor_high"]
+        lines.append(
+            {
+                "N": row["num_blocks"],
+                "Method": row["method"],
+                "Trainable": f"{row['trainable']:,}",
+                "Forward, backward, optimizer (ms)": ", ".join(f"{1000 * row[phase]:.0f}" for phase in PHASES),
+                "Step over floor": ratio(row, "floor") + ("" if np.isnan(low) else f" ({low:.3f} to {high:.3f})"),
+                "Over LoRA": ratio(row, "lora"),
+                "Over einsum": ratio(row, "einsum"),
+                "Memory (MiB)": f"{row['static_mib'] + row['step_peak_mib']:,.0f}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def step_table(summary: pd.DataFrame) -> Table:
+    """The readable summary for a terminal."""
+    lines = readable_steps(summary)
+    table = Table(title=str(summary["workload"].iloc[0]), title_justify="left")
+    for column in lines.columns:
+        table.add_column(column, justify="left" if column == "Method" else "right")
+    for line in lines.to_dict("records"):
+        table.add_row(*map(str, line.values()))
+    return table
+
+
+@styled
+def draw_steps(summary: pd.DataFrame) -> Figure:
+    """Whole steps as ratios to the floor, with 95% intervals, and peak memory beside them; a row of panels for each N.
+
+    Args:
+        summary: From :func:`summarise`, with the floor in it.
+
+    Returns:
+        The figure.
+    """
+    counts = sorted(summary["num_blocks"].unique())
+    height = 1.0 + 0.24 * len(summary)
+    figure, panels = plt.subplots(len(counts), 2, figsize=(7.0, height), squeeze=False, sharex="col")
+    for (left, right), count in zip(panels, counts, strict=True):
+        part = summary[summary["num_blocks"] == count].sort_values("over_floor", ascending=False)
+        places = range(len(part))
+        colours = [DIABLO_BLUE if name.startswith("diablo") else GREY for name in part["name"]]
+        ends = part[["over_floor_low", "over_floor_high"]].to_numpy()
+        left.hlines(places, ends[:, 0], ends[:, 1], color=colours, linewidth=2)
+        left.scatter(part["over_floor"], places, color=colours, zorder=3, s=22)
+        left.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+        left.set_yticks(list(places), part["method"])
+        memory = part["static_mib"] + part["step_peak_mib"]
+        right.barh(places, memory, color=colours, height=0.6)
+        right.set_yticks(list(places), [])
+        left.set_title(f"N = {count}", loc="left")
+    panels[-1, 0].set_xlabel("whole step, ratio to the floor")
+    panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
+    figure.suptitle(str(summary["workload"].iloc[0]), x=0.02, ha="left", fontsize=9)
+    return figure
