@@ -135,6 +135,8 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         right.barh(places, memory, color=colours, height=0.6)
         right.set_yticks(list(places), [])
         left.set_title(f"N = {count}", loc="left")
+        for panel in (left, right):
+            panel.set_ylim(-0.6, len(part) - 0.4)
     panels[-1, 0].set_xlabel("whole step, ratio to the floor")
     panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
     figure.suptitle(str(summary["workload"].iloc[0]), x=0.02, ha="left", fontsize=9)
