@@ -191,21 +191,17 @@ def _prepared(
 
 def input_bytes(workload: Workload) -> int:
     """What the adapted layers' inputs take, each counted once however many layers read it."""
-    found: dict[int, int] = {}
-
-    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[args[0].data_ptr()] = args[0].nbytes
-
-    layers = methods.target_layers(workload.module, workload.targets).values()
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    seen: list[Tensor] = []  # kept alive, so that no address is used twice
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for layer in methods.target_layers(workload.module, workload.targets).values()
+    ]
     try:
-        with torch.enable_grad():  # inputs stay alive in the graph, so no address is used twice
-            keep = workload.loss(workload.module)
-            del keep
+        workload.loss(workload.module)
     finally:
         for handle in handles:
             handle.remove()
-    return sum(found.values())
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in seen}.values())
 
 
 def block_counts(workload: Workload) -> range:
