@@ -17,7 +17,7 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "ops": {"blocks"},
-    "tuner": {"blocks", "ops", "errors"},
+    "tuner": GROUND,
     "theory": GROUND,
     "methods": {"blocks", "errors", "tuner"},
     "finetune": GROUND | {"methods", "provenance"},

@@ -27,7 +27,10 @@ def shell(monkeypatch, tmp_path, capfd):
     return call
 
 
-@pytest.mark.parametrize("command", ["reproduce", "verify", "map", "speed", "train", "tune", "diagnose", "report"])
+COMMANDS = ["reproduce", "verify", "map", "speed", "train", "tune", "diagnose", "report", "convert"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_with_an_example(shell, command):
     status, out, _ = shell(command, "--help")
     assert status == 0
@@ -51,6 +54,11 @@ def test_help_teaches_with_an_example(shell, command):
         (["reproduce", "--quick", "seed=3"], "seed cannot be set here"),
         (["tune", "word_problems", "task=docstrings"], "task cannot be set here: the search decides it"),
         (["report", "--out", "nowhere"], "nowhere holds no manifest.json"),
+        (["convert", "nowhere", "there", "--to", "diablo"], "no such file or folder: nowhere"),
+        (["convert", ".", "there", "--to", "lora"], "--to lora needs --rank, and nothing else takes it"),
+        (["convert", ".", "there", "--to", "chkpt", "--rank", "3"], "--to lora needs --rank, and nothing else takes"),
+        (["convert", ".", ".", "--to", "diablo"], "TO must not exist, and . does"),
+        (["convert", ".", "there", "--to", "lora", "--rank", "many"], "--rank: invalid literal for int"),
     ],
 )
 def test_bad_input_is_one_clear_message_and_harms_nothing(shell, tmp_path, arguments, message):
@@ -323,3 +331,50 @@ def test_speed_measures_a_small_layer(shell, tmp_path):
     assert (
         "tokens must be a multiple of batch = 2048, at least 4096, got 5000" in shell("speed", "--tokens", "5000")[2]
     )
+
+
+def test_convert_there_and_back(shell, tmp_path, tiny_model):
+    import torch
+    from peft import PeftConfig, ShiraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from diablo_theory.tuner import DiaBloConfig
+
+    def trained(config):
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+
+    targets = ["q_proj", "down_proj"]
+    model = trained(DiaBloConfig(num_blocks=5, target_modules=targets, init_weights=False, task_type="CAUSAL_LM"))
+    model.save_pretrained("diablo")
+    common = ["--model", tiny_model]
+    assert shell("convert", "diablo", "a.chkpt", "--to", "chkpt", *common)[0] == 0
+    assert shell("convert", "a.chkpt", "again", "--to", "diablo", *common)[0] == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "diablo" / weights).read_bytes()
+    assert set(PeftConfig.from_pretrained("again").target_modules) <= {
+        name for name, _ in model.base_model.model.named_modules()
+    }
+    status, out, _ = shell("convert", "a.chkpt", "lora", "--to", "lora", "--rank", "0.5", *common)
+    assert status == 0
+    assert "energy_kept" in out
+    assert out.count("layers.") == 4
+    assert PeftConfig.from_pretrained("lora").peft_type == "LORA"
+
+    def half(base_layer, r, **_):
+        mask = torch.zeros_like(base_layer.weight)
+        rows, cols = mask.shape
+        mask[: rows // 2, : cols // 2] = (torch.arange(rows // 2 * (cols // 2)) < r * (rows + cols)).view(
+            rows // 2, -1
+        )
+        return mask
+
+    config = ShiraConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    config.mask_fn = half
+    trained(config).save_pretrained("shira")
+    status, out, err = shell("convert", "shira", "b.chkpt", "--to", "chkpt", *common)
+    assert status == 0, err
+    trained(ShiraConfig(r=2, target_modules=["q_proj"], init_weights=False)).save_pretrained("random")
+    status, _, err = shell("convert", "random", "c.chkpt", "--to", "chkpt", *common)
+    assert status == 1
+    assert "is no DiaBlo adapter" in err
+    assert not (tmp_path / "c.chkpt").exists()

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diablo_theory.tuner import DiaBloConfig, DiaBloLinear
+from diablo_theory.tuner.targets import diablo_layers
 
 #: Inputs, outputs, blocks: even, ragged both ways, more blocks than rows or columns, one block, single entries.
 SHAPES = [(12, 18, 6), (13, 17, 4), (8, 3, 8), (3, 8, 5), (5, 7, 1), (7, 7, 7)]
@@ -71,3 +72,20 @@ def rounding_bound(x, w0, delta, bias, dtype, adapter_dtype):
     u, v = torch.finfo(dtype).eps / 2, torch.finfo(adapter_dtype).eps / 2
     size = x.abs() @ (w0.abs() + delta.abs()) + (0 if bias is None else bias.abs())
     return (2 * (x.shape[-1] + 1) * v + 5 * u) * size
+
+
+def random_blocks(layout, dtype=torch.float32, seed=0):
+    """Blocks as the authors store them, with zeros outside the matrix, made without the code under test."""
+    n, d1, d2 = layout.num_blocks, layout.block_rows, layout.block_cols
+    dense = torch.zeros(n * d1, n * d2, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    size = layout.in_features, layout.out_features
+    dense[: size[0], : size[1]] = torch.randn(size, dtype=torch.float64, generator=generator)
+    return torch.stack([dense[i * d1 : (i + 1) * d1, i * d2 : (i + 1) * d2] for i in range(n)]).to(dtype)
+
+
+def delta(model, name, adapter_name="default"):
+    """D of one layer, inputs by outputs."""
+    layer = diablo_layers(model, adapter_name)[name]
+    dense = layer.get_delta_weight(adapter_name)
+    return dense.T if isinstance(layer.base_layer, nn.Linear) else dense

@@ -1,6 +1,8 @@
 """Small random models of the kinds that the tuner has to work in, with inputs for each."""
 
 import torch
+from peft import get_peft_model
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -12,6 +14,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from diablo_theory.tuner import DiaBloConfig
 
 IDS = torch.tensor([[5, 8, 2, 30, 11, 7], [3, 3, 9, 41, 1, 6]])
 
@@ -68,3 +72,28 @@ def output(model, inputs=None):
     """The model's own first output for the fixed ids."""
     with torch.no_grad():
         return model(input_ids=IDS, **(inputs or {})).to_tuple()[1 if inputs else 0]
+
+
+class Net(nn.Module):
+    """Plain layers under names that contain each other."""
+
+    def __init__(self, **sizes):
+        super().__init__()
+        for name, (m1, m2) in sizes.items():
+            parent = self
+            *path, last = name.split("__")
+            for part in path:
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(last, nn.Linear(m1, m2))
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+def adapted_model(build=llama, num_blocks=5, **options):
+    """A model with random blocks."""
+    torch.manual_seed(1)
+    config = DiaBloConfig(num_blocks=num_blocks, init_weights=False, **options)
+    return get_peft_model(build(), config).eval()
