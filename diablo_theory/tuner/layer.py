@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from diablo_theory import ops
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.tuner.config import DiaBloConfig
+from diablo_theory.tuner.quantised import Kept, backend_of, check_writable, dequantised, is_reordered, storable, write
 
 #: Standard deviation of D with ``init_weights=False``: visible in outputs, small beside a pretrained weight's entries.
 RANDOM_STD = 0.02
@@ -54,8 +54,6 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
     _writer: ops.BlockWriter
     if TYPE_CHECKING:  # what peft's untyped mixin brings
         active_adapters: list[str]
-        get_base_weight: Callable[[], Tensor]
-        set_base_weight: Callable[[Tensor], None]
         set_adapter: Callable[..., None]
         _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
@@ -65,7 +63,7 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(base_layer, **kwargs)
+        self.quantization_backend = backend_of(base_layer, **kwargs)
         self.in_features, self.out_features = features(base_layer, quantised=self.quantization_backend is not None)
         self.diablo_blocks = nn.ParameterDict()
         self.diablo_tail = nn.ParameterDict()
@@ -130,6 +128,11 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
         active = [name for name in self.active_adapters if name in self.diablo_layout]
         if len(active) == 1 and not args and not kwargs and self._why_additive(active[0]) is None:
             return self._merged_forward(x, active[0])
+        if x.requires_grad and torch.is_grad_enabled() and is_reordered(self.base_layer):
+            raise RuntimeError(
+                "bitsandbytes reordered this 4-bit weight for inference on this CPU when the model was evaluated, and "
+                "computes no gradients through it any more: load the model again to train it, or quantise with torchao"
+            )
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -216,7 +219,7 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
 
         Raises:
             ValueError: If an entry would not be finite; the weight is then untouched.
-            TypeError: If the quantisation cannot be undone.
+            TypeError: If the weight is quantised in a way that cannot be merged into; it is then untouched.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.diablo_layout:
@@ -239,12 +242,21 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
         return [name for name, _ in self._undo]
 
     def check_mergeable(self, adapter_names: Sequence[str]) -> None:
-        """Raise ValueError unless merging these adapters gives finite entries."""
+        """Whether these adapters can be merged.
+
+        Args:
+            adapter_names: Those that this layer does not have, or has merged already, are left out.
+
+        Raises:
+            ValueError: If an entry would not be finite.
+            TypeError: If the weight is quantised in a way that cannot be merged into.
+        """
         for name in adapter_names:
             if name not in self.diablo_layout or name in self.merged_adapters:
                 continue
+            check_writable(self.base_layer, self.quantization_backend)
             if self.quantization_backend is not None:
-                finite = all(bool(torch.isfinite(part).all()) for part in self.parts(name) if part is not None)
+                finite = bool(torch.isfinite(self._requantisable(name)[2]).all())
             else:
                 inside, parts = self._inside(name)
                 sums = ((old + new).to(old.dtype) for old, new in zip(inside, parts, strict=True))
@@ -272,16 +284,33 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             del self._undo[done:]
             raise
 
+    def _requantisable(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The dequantised weight and D in float32, and their sum in the precision that is quantised."""
+        before = dequantised(self.base_layer, self.quantization_backend)
+        exact = torch.promote_types(before.dtype, torch.float32)
+        delta = self.get_delta_weight(name).to(exact)
+        merged = (before.to(exact) + delta).to(before.dtype)
+        return before.to(exact), delta, storable(merged, self.quantization_backend)
+
     def _merge_quantised(self, name: str) -> None:
-        kept = self.base_layer, dict(self.base_layer._parameters)
-        before = self.get_base_weight()
-        delta = self.get_delta_weight(name).to(before.dtype)
+        kept = Kept(self.base_layer)
+        before, delta, merged = self._requantisable(name)
+        norm = torch.linalg.vector_norm(delta, dtype=torch.float64)
+        done = len(self._undo)
         self._undo.append((name, kept))
-        self.set_base_weight((before + delta).contiguous())
-        lost = torch.linalg.vector_norm(self.get_base_weight() - before - delta) / torch.linalg.vector_norm(delta)
+        if norm == 0:  # rounding the weight again would change it for nothing
+            return
+        try:  # interrupted anywhere, the weight and the record of it agree
+            missed = write(self, merged, kept) - before - delta
+        except BaseException:
+            self.base_layer = kept.layer
+            kept.restore()
+            del self._undo[done:]
+            raise
+        lost = float(torch.linalg.vector_norm(missed, dtype=torch.float64) / norm)
         warnings.warn(
             f"merging {name!r} into a quantised weight ({self.quantization_backend.backend_name}) rounds it again: "
-            f"the change differs from the adapter's by {100 * float(lost):.1f}% of its norm",
+            f"the change differs from the adapter's by {100 * lost:.1f}% of its norm",
             stacklevel=3,
         )
 
@@ -289,8 +318,8 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
         """Undo the last merge; interrupted anywhere, the weight and the record of it agree."""
         name, kept = self._undo[-1]
         if self.quantization_backend is not None:
-            self.base_layer, parameters = kept
-            self.base_layer._parameters.update(parameters)
+            self.base_layer = kept.layer
+            kept.restore()
             self._undo.pop()
             return
         inside, _ = self._inside(name)
@@ -304,6 +333,15 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
         super()._apply(fn, recurse)
         if self.quantization_backend is None:
             self._undo = [(name, [fn(part) for part in kept]) for name, kept in self._undo]
+        elif self._undo:
+            now = Kept(self.base_layer)
+            try:
+                for place, (name, kept) in enumerate(self._undo):
+                    kept.restore()
+                    kept.layer._apply(fn)
+                    self._undo[place] = name, Kept(kept.layer)
+            finally:
+                now.restore()
         return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
