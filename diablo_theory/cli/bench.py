@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diablo_theory.cli.common import app, console, numbers, options_checked, require_folder, wrote
 from diablo_theory.progress import Board
+
+if TYPE_CHECKING:
+    import torch
 
 
 @app.command()
@@ -25,6 +28,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; 20 or more for an interval of 1%.")] = 20,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    kernels: Annotated[
+        bool, typer.Option(help="Instead: the block product and its gradient against einsum, over shapes and N.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for times.csv, contenders.csv and a figure.")] = None,
 ) -> None:
     """Time whole training steps of every method at equal budgets, in turn in one process, beside the floor.
@@ -48,6 +54,9 @@ def bench(
     from diablo_theory.reporting.style import save
 
     require_folder(out)
+    if kernels:
+        _kernels(pick_device(device), out)
+        return
     wanted = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
     for name in wanted:
         if name not in METHODS:
@@ -76,3 +85,19 @@ def bench(
         write_with(out / "times.csv", partial(times.to_csv, index=False))
         write_with(out / "contenders.csv", partial(contenders.to_csv, index=False))
         wrote([out / "times.csv", out / "contenders.csv", *save(draw_steps(summary), out, "steps")])
+
+
+def _kernels(device: torch.device, out: Path | None) -> None:
+    from diablo_theory.bench.kernels import SHAPES, compare_kernels
+    from diablo_theory.files import write_with
+    from diablo_theory.provenance import provenance
+    from diablo_theory.reporting.speeds import PROVENANCE
+
+    with Board(console).piece("kernels against einsum, shape by shape", len(SHAPES)) as advance:
+        table = compare_kernels(advance, device=device)
+    console.print(table.sort_values("ratio", ascending=False).to_string(index=False), highlight=False, soft_wrap=True)
+    if out is not None:
+        here = provenance(device)
+        table = table.assign(**{key: here[key] for key in PROVENANCE})
+        write_with(out / "kernels.csv", partial(table.to_csv, index=False))
+        wrote([out / "kernels.csv"])

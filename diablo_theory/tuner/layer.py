@@ -258,9 +258,7 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             if self.quantization_backend is not None:
                 finite = bool(torch.isfinite(self._requantisable(name)[2]).all())
             else:
-                inside, parts = self._inside(name)
-                sums = ((old + new).to(old.dtype) for old, new in zip(inside, parts, strict=True))
-                finite = all(bool(torch.isfinite(total).all()) for total in sums)
+                finite = all(_finite_sum(old, new) for old, new in zip(*self._inside(name), strict=True))
             if not finite:
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
@@ -377,6 +375,14 @@ def features(layer: nn.Module, *, quantised: bool) -> tuple[int, int]:
         f"is of type {type(layer).__name__}; "
         "DiaBlo adapts torch.nn.Linear and transformers' Conv1D, plain or quantised"
     )
+
+
+def _finite_sum(old: Tensor, new: Tensor) -> bool:
+    """Whether ``old + new`` is finite in the dtype of ``old``; without adding where the largest entries tell."""
+    largest = sum(max(-float(low), float(high)) for low, high in (torch.aminmax(old), torch.aminmax(new)))
+    if largest < torch.finfo(old.dtype).max:  # false for NaN
+        return True
+    return bool(torch.isfinite((old + new).to(old.dtype)).all())
 
 
 def _why_not_plain(base: nn.Module) -> str | None:
