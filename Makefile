@@ -10,7 +10,7 @@ ARGS ?=
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce quick test test-slow test-model lint check figures notebooks clean
+.PHONY: help reproduce quick test test-slow test-model test-quant lint check figures notebooks clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | column -t -s:
@@ -27,12 +27,17 @@ test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find, a
 test-model: $(INSTALLED)  ## the tests on the real pretrained model
 	$(BIN)/pytest -m model $(ARGS)
 
+# Not part of the environment: torchao writes warnings to the terminal whenever peft is imported.
+test-quant: $(INSTALLED)  ## the tests on quantised models, for which it installs the extra `quant`
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[quant]'
+	$(SIDE_BY_SIDE) tests/tuner/test_quantised.py $(ARGS)
+
 lint: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test test-slow test-model  ## everything that CI runs
+check: lint test test-slow test-model test-quant  ## everything that CI runs
 
 figures: $(INSTALLED)  ## draw the figures of the saved results again
 	$(BIN)/python figures/make_figures.py
