@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from diablo_theory import bench
-from diablo_theory.bench import kernels
+from diablo_theory.bench import growth, kernels
 from diablo_theory.bench.workloads import EinsumLinear, Step, linear, llama
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.finetune.config import resolve
@@ -148,6 +148,25 @@ def test_kernels_are_compared_on_the_same_work():
     x, g = torch.randn(5, 9), torch.randn(5, 7)
     blocks, _ = block_gradient(x, g, layout)
     torch.testing.assert_close(kernels.einsum_gradient(x, g, layout)[: len(blocks)], blocks)
+
+
+def test_growth_fits_a_slope_through_paired_differences(monkeypatch):
+    rounds = []
+    table = growth.growth(rounds.append, width=16, blocks=(1, 2, 4), tokens=(4, 8), rounds=2)
+    assert sum(rounds) == growth.work((1, 2, 4), (4, 8), 2) == 15
+    assert table.groupby("varied").size().to_dict() == {"num_blocks": 3, "tokens": 2}
+
+    def made(width, num_blocks, tokens, *_):
+        return {
+            "num_blocks": num_blocks,
+            "tokens": tokens,
+            "extra_seconds": tokens**1.5 / num_blocks,
+            "over_floor": 2.0,
+        }
+
+    monkeypatch.setattr(growth, "_extra", made)
+    slopes = growth.growth(print).groupby("varied")["exponent"].first()
+    assert slopes.to_dict() == pytest.approx({"num_blocks": -1.0, "tokens": 1.5})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from diablo_theory.cli.common import app, console, numbers, options_checked, req
 from diablo_theory.progress import Board
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 
@@ -30,6 +31,9 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     kernels: Annotated[
         bool, typer.Option(help="Instead: the block product and its gradient against einsum, over shapes and N.")
+    ] = False,
+    growth: Annotated[
+        bool, typer.Option(help="Instead: how merged mode's cost above the floor grows with N and with tokens.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for times.csv, contenders.csv and a figure.")] = None,
 ) -> None:
@@ -56,6 +60,9 @@ def bench(
     require_folder(out)
     if kernels:
         _kernels(pick_device(device), out)
+        return
+    if growth:
+        _growth(pick_device(device), out)
         return
     wanted = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
     for name in wanted:
@@ -89,15 +96,30 @@ def bench(
 
 def _kernels(device: torch.device, out: Path | None) -> None:
     from diablo_theory.bench.kernels import SHAPES, compare_kernels
+
+    with Board(console).piece("kernels against einsum, shape by shape", len(SHAPES)) as advance:
+        table = compare_kernels(advance, device=device)
+    _show(table.sort_values("ratio", ascending=False), "kernels", device, out)
+
+
+def _growth(device: torch.device, out: Path | None) -> None:
+    from diablo_theory.bench import keep_pages
+    from diablo_theory.bench.growth import growth, work
+
+    keep_pages()
+    with Board(console).piece("merged mode above the floor", work()) as advance:
+        table = growth(advance, device=device)
+    _show(table, "growth", device, out)
+
+
+def _show(table: pd.DataFrame, name: str, device: torch.device, out: Path | None) -> None:
     from diablo_theory.files import write_with
     from diablo_theory.provenance import provenance
     from diablo_theory.reporting.speeds import PROVENANCE
 
-    with Board(console).piece("kernels against einsum, shape by shape", len(SHAPES)) as advance:
-        table = compare_kernels(advance, device=device)
-    console.print(table.sort_values("ratio", ascending=False).to_string(index=False), highlight=False, soft_wrap=True)
+    console.print(table.to_string(index=False), highlight=False, soft_wrap=True)
     if out is not None:
         here = provenance(device)
         table = table.assign(**{key: here[key] for key in PROVENANCE})
-        write_with(out / "kernels.csv", partial(table.to_csv, index=False))
-        wrote([out / "kernels.csv"])
+        write_with(out / f"{name}.csv", partial(table.to_csv, index=False))
+        wrote([out / f"{name}.csv"])
