@@ -178,9 +178,13 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             return "asked for"
         if torch.compiler.is_compiling():
             return "torch.compile is at work, which fuses plain operations"
+        base = self.base_layer
+        # torch's mark on what FSDP (1 and 2) manages. The weight alone does not tell: for the forward pass it is whole
+        # and plain, and the mode has to be the one that mode() says between passes.
+        if "_is_fsdp_managed_module" in base.__dict__:
+            return "the base weight is sharded (FSDP)"
         if reason := self._why_never_merged():
             return reason
-        base = self.base_layer
         weight = base.weight
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return "the base layer has hooks, which must see its own output"
