@@ -7,14 +7,13 @@ import torch
 from networks import llama
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from trainers import trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from diablo_theory.tuner import DiaBloConfig, mode_summary
 
 MODES = ["additive", "merged"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-ROWS = torch.randint(1, 64, (12, 9), generator=torch.Generator().manual_seed(1))
-DATA = [{"input_ids": row, "labels": row} for row in ROWS]
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 TRAINER_STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
 
@@ -33,24 +32,6 @@ class Stop(TrainerCallback):
 def build(mode, **options):
     base = llama()
     return get_peft_model(base, DiaBloConfig(num_blocks=5, target_modules=TARGETS, mode=mode, **options))
-
-
-def trainer(model, folder, callbacks=(), **options):
-    """Accumulates gradients and recomputes activations; a checkpoint every other step."""
-    arguments = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "activation_checkpointing": True,
-        "learning_rate": 1e-2,
-        "save_steps": 2,
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    arguments = TrainingArguments(output_dir=str(folder), **(arguments | options))
-    return Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=list(callbacks))
 
 
 def losses(trainer):
