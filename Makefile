@@ -21,7 +21,7 @@ reproduce: $(INSTALLED)  ## check the theory, fine-tune a real model, write the 
 test: $(INSTALLED)  ## the default tests: no network, no pretrained model
 	$(SIDE_BY_SIDE) -m "not model and not slow" $(ARGS)
 
-test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find, and the notebooks
+test-slow: $(INSTALLED)  ## mutants of the library, which the tests must find, pairs of processes, notebooks
 	$(SIDE_BY_SIDE) -m slow $(ARGS)
 
 test-model: $(INSTALLED)  ## the tests on the real pretrained model

@@ -183,9 +183,13 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             return "asked for"
         if torch.compiler.is_compiling():
             return "torch.compile is at work, which fuses plain operations"
+        base = self.base_layer
+        # torch's mark on what FSDP (1 and 2) manages. The weight alone does not tell: for the forward pass it is whole
+        # and plain, and the mode has to be the one that mode() says between passes.
+        if "_is_fsdp_managed_module" in base.__dict__:
+            return "the base weight is sharded (FSDP)"
         if reason := self._why_never_merged():
             return reason
-        base = self.base_layer
         weight = base.weight
         if reason := _why_not_plain(base):
             return reason

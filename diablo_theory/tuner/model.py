@@ -14,7 +14,7 @@ from peft.utils import get_quantization_kwargs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from diablo_theory.errors import nearest
 from diablo_theory.tuner.config import DiaBloConfig
@@ -25,6 +25,9 @@ from diablo_theory.tuner.registration import PREFIX
 #: As in the authors' scripts for Llama; the architectures that name their projections in the same way follow it.
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "stablelm")
+
+#: What the first FSDP puts into the names of modules inside its wrappers, but leaves out of a state dict's keys.
+FSDP_WRAPPER = "_fsdp_wrapped_module."
 
 
 class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
@@ -126,6 +129,28 @@ class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if self.peft_config[adapter_name].dtype is None:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DiaBloConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As peft's, but complete from under the first FSDP, where peft 0.21 finds nothing and saves an empty file."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, module in model.named_modules():
+            if isinstance(module, DiaBloLinear) and FSDP_WRAPPER in name:
+                layer = name.replace(FSDP_WRAPPER, "")
+                places = [f"{layer}.{part}.{adapter_name}" for part in module.adapter_layer_names]
+                if config.bias == "diablo_only":
+                    places.append(f"{layer}.base_layer.bias")
+                found |= {place: state_dict[place] for place in places if place in state_dict}
+        return found
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As peft's; every layer is checked before the first is changed.

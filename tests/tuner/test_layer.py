@@ -127,6 +127,7 @@ def test_dropout_acts_in_training_only_and_on_the_adapters_input_only():
         (lambda b: b.weight.requires_grad_(True), "is trained too"),
         (lambda b: b.share_memory(), "shared between processes"),
         (lambda b: setattr(b, "forward", lambda x: nn.Linear.forward(b, x)), "forward method was replaced"),
+        (lambda b: setattr(b, "_is_fsdp_managed_module", True), "sharded (FSDP)"),  # as torch marks it
         (lambda b: nn.utils.parametrizations.weight_norm(b), "ParametrizedLinear with a forward pass of its own"),
     ],
 )
