@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from diablo_theory.blocks import BlockLayout
 
-#: Blocks with fewer rows than this are multiplied two at a time where their gradient is computed.
+#: Blocks with a side shorter than this are multiplied two at a time where their gradient is computed.
 SMALL = 16
 
 
@@ -194,7 +194,7 @@ def _gradient(x: Tensor, g: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor
     k, d1, d2 = layout.complete, layout.block_rows, layout.block_cols
     if d1 == d2 == 1:
         blocks = (x[:, :k] * g[:, :k]).sum(0).view(k, 1, 1)
-    elif d1 < SMALL and k > 1:
+    elif min(d1, d2) < SMALL and k > 1:
         # Two blocks in one product, whose off-diagonal half is thrown away: fewer passes over the tokens.
         pairs = _long_side_first(_groups(x, k // 2, 2 * d1), _groups(g, k // 2, 2 * d2))
         pair, row, column = pairs.stride()
@@ -324,14 +324,21 @@ class BlockWriter:
         inside, change = self.inside(data, parts, layout)
         factor = self._factor(data, back)
         with self.lock:
-            kept = [place.clone() for place in inside]
-            # From here on nothing may come between a change and its undoing. An exception (Ctrl-C too) is raised
-            # between two calls into C, never inside one; the first call that follows it is the one that restores.
+            # From the change to its undoing nothing may come between. An exception (Ctrl-C too) is raised between two
+            # calls into C, never inside one; the first call that follows it is the one that restores.
+            if len(inside) == 1:
+                place, kept = inside[0], inside[0].clone()
+                try:
+                    place.add_(change[0])
+                    return linear(rows, factor, bias)
+                finally:
+                    place.copy_(kept)
+            both = [place.clone() for place in inside]
             try:
                 torch._foreach_add_(inside, change)
                 return linear(rows, factor, bias)
             finally:
-                torch._foreach_copy_(inside, kept)
+                torch._foreach_copy_(inside, both)
 
     def inside(
         self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout
