@@ -7,6 +7,7 @@ by measurement: a batched product over the blocks, elementwise products where bl
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -222,6 +223,13 @@ def _groups(rows: Tensor, k: int, size: int) -> Tensor:
     return rows.as_strided((k, rows.shape[0], size), (size * column, token, column), rows.storage_offset())
 
 
+def _kernels() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor | None]]]:
+    """What a backward pass computes with: the bare kernels, unless a derivative of this derivative is wanted."""
+    if torch.is_grad_enabled():
+        return _Product.apply, _Gradient.apply
+    return _product, _gradient
+
+
 class _Product(torch.autograd.Function):
     """``x D``; its derivatives are again a block product and a block gradient, so it has all orders."""
 
@@ -235,10 +243,11 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, blocks, tail = ctx.saved_tensors
         grad_x = grad_blocks = grad_tail = None
+        product, gradient = _kernels()
         if ctx.needs_input_grad[0]:
-            grad_x = _Product.apply(g, blocks.mT, None if tail is None else tail.mT, _transposed(ctx.layout))
+            grad_x = product(g, blocks.mT, None if tail is None else tail.mT, _transposed(ctx.layout))
         if any(ctx.needs_input_grad[1:3]):
-            grad_blocks, grad_tail = _Gradient.apply(x, g, ctx.layout)
+            grad_blocks, grad_tail = gradient(x, g, ctx.layout)
         return grad_x, grad_blocks, grad_tail, None
 
 
@@ -283,11 +292,12 @@ class _Additive(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, blocks, tail = ctx.saved_tensors
         grad_x = grad_blocks = grad_tail = None
+        product, gradient = _kernels()
         if ctx.needs_input_grad[1]:
             turned = blocks.mT, None if tail is None else tail.mT
-            grad_x = _Product.apply(_rows(g), *turned, _transposed(ctx.layout)).view(x.shape)
+            grad_x = product(_rows(g), *turned, _transposed(ctx.layout)).view(x.shape)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            grad_blocks, grad_tail = _Gradient.apply(_rows(x), _rows(g), ctx.layout)
+            grad_blocks, grad_tail = gradient(_rows(x), _rows(g), ctx.layout)
         return g, grad_x, grad_blocks, grad_tail, None
 
 
@@ -388,7 +398,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, blocks, tail = ctx.saved_tensors
         layout, writer = ctx.layout, ctx.writer
-        differentiable = torch.is_grad_enabled()  # a derivative of this derivative is wanted
+        differentiable = torch.is_grad_enabled()
         grad_x = grad_bias = grad_blocks = grad_tail = None
         if ctx.needs_input_grad[0] and differentiable:
             back = block_product(
@@ -400,7 +410,7 @@ class _Merged(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = _rows(g).sum(0)
         if x is not None:
-            gradient = _Gradient.apply if differentiable else _gradient
+            _, gradient = _kernels()
             grad_blocks, grad_tail = gradient(_rows(x), _rows(g), layout)
             grad_blocks = grad_blocks.to(blocks.dtype)
             grad_tail = None if grad_tail is None else grad_tail.to(tail.dtype)

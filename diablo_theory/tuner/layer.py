@@ -127,7 +127,12 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.diablo_layout]
         if len(active) == 1 and not args and not kwargs and self._why_additive(active[0]) is None:
-            return self._merged_forward(x, active[0])
+            dtype = _product_dtype(x, self.base_layer.weight.dtype)
+            if x.dtype == dtype:
+                return self._merged_forward(x, active[0])
+            if _autocasts(x):
+                return self._merged_forward(x.to(dtype), active[0])
+            # An input of a wrong dtype is left to the base layer, which says so.
         if x.requires_grad and torch.is_grad_enabled() and is_reordered(self.base_layer):
             raise RuntimeError(
                 "bitsandbytes reordered this 4-bit weight for inference on this CPU when the model was evaluated, and "
@@ -146,15 +151,7 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
 
     def _merged_forward(self, x: Tensor, name: str) -> Tensor:
         base = self.base_layer
-        dtype = _product_dtype(x, x.dtype)
-        return ops.merged(
-            x if x.dtype == dtype else x.to(dtype),
-            base.weight,
-            base.bias,
-            *self.parts(name),
-            self.diablo_layout[name],
-            self._writer,
-        )
+        return ops.merged(x, base.weight, base.bias, *self.parts(name), self.diablo_layout[name], self._writer)
 
     def mode(self, adapter_name: str) -> tuple[str, str]:
         """How an adapter is applied when it is the only active one, and why.
@@ -357,6 +354,8 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             mode, reason = self.mode(name)
             size = f"block={layout.block_rows}x{layout.block_cols}, tail={layout.tail}"
             lines.append(f"{name}: num_blocks={layout.num_blocks}, {size}, mode={mode} ({reason})")
+        if self.quantization_backend is not None:
+            lines.append(f"quantization_backend={self.quantization_backend.backend_name!r}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -398,9 +397,10 @@ def _why_not_plain(base: nn.Module) -> str | None:
     return None
 
 
+def _autocasts(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
 def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What autocast would compute a product in, where it is on; otherwise ``dtype``."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else dtype

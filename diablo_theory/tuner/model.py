@@ -53,6 +53,7 @@ class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
     prefix = PREFIX
     tuner_layer_cls = DiaBloLinear
+    targeted_module_names: list[str]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | dict.fromkeys(
         LLAMA_LIKE, PAPER_TARGETS
     )
@@ -67,8 +68,9 @@ class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
                 f"adapter_name {adapter_name!r} is taken: this model already has a DiaBlo adapter of that name. "
                 "Choose another, or delete it first"
             )
-        before = Snapshot(model, config)
-        self._owners = owners_of(model)
+        before, earlier = Snapshot(model, config), self.targeted_module_names
+        matched: list[str] = []  # peft extends it, now by this adapter's modules alone
+        self._owners, self.targeted_module_names = owners_of(model), matched
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -79,7 +81,8 @@ class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             raise
         finally:
             del self._owners
-        _warn_unmatched(config, self.targeted_module_names)
+            self.targeted_module_names = list(dict.fromkeys([*earlier, *matched]))
+        _warn_unmatched(config, matched)
 
     def _prepare_adapter_config(self, peft_config: DiaBloConfig, model_config: dict[str, Any]) -> DiaBloConfig:
         saved, here = peft_config.base_model_name_or_path, model_config.get("_name_or_path")

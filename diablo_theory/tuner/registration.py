@@ -12,7 +12,7 @@ from peft import PeftModel, mapping
 PREFIX = "diablo_"
 
 
-class DiaBloPeftType(enum.StrEnum):
+class DiaBloPeftType(str, enum.Enum):  # noqa: UP042  peft reads str(member), which a StrEnum writes otherwise
     """The type under which peft looks DiaBlo up; equal to, hashed and stored as the string "DIABLO".
 
     peft's own enumeration cannot be extended, and a plain string lacks the ``value`` that transformers reads.

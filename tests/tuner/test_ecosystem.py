@@ -15,6 +15,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from diablo_theory.tuner import DiaBloConfig, DiaBloLinear, mode_summary
@@ -240,3 +241,70 @@ def test_counts_and_modes_are_printed(capsys):
     assert "mode=merged (valid for this layer)" in str(model)
     get_peft_model(llama(), LoraConfig(r=2)).print_trainable_parameters()
     assert "DiaBlo" not in capsys.readouterr().out
+
+
+def test_status_of_model_and_layers():
+    model, _, _ = adapt(init_weights=False)
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "DIABLO"}
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert status.requires_grad == {"default": True}
+    assert status.num_adapter_layers == 6
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    next(iter(layers_of(model))).unmerge()
+    assert model.get_model_status().merged_adapters == "irregular"
+
+
+def test_a_second_adapters_unmatched_pattern_is_warned_of():
+    model, _, _ = adapt()
+    with pytest.warns(RuntimeWarning, match="num_blocks_pattern: 'q_proj' matches no adapted module"):
+        model.add_adapter(
+            "other", DiaBloConfig(num_blocks=4, target_modules=["k_proj"], num_blocks_pattern={"q_proj": 2})
+        )
+    names = {name.rpartition(".")[2] for name in model.base_model.targeted_module_names}
+    assert names == {"q_proj", "v_proj", "down_proj", "k_proj"}
+
+
+def test_deleting_a_merged_adapter_is_refused_and_deleting_leaves_nothing():
+    model, _, _ = adapt(num_blocks=5, init_weights=False)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+    model.unmerge_adapter()
+    model.add_adapter("other", DiaBloConfig(num_blocks=4, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="Setting active adapter to other|active which is now deleted"):
+        model.delete_adapter("default")
+    for layer in layers_of(model):
+        for attribute in layer.adapter_layer_names + layer.other_param_names:
+            assert "default" not in getattr(layer, attribute)
+
+
+def test_modules_of_the_base_that_are_named_like_the_adapter_are_not_taken_for_it(tmp_path):
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.diablo_gate = torch.nn.Linear(6, 6)
+            self.out = torch.nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.out(self.diablo_gate(x))
+
+    model = get_peft_model(Named(), DiaBloConfig(num_blocks=2, target_modules=["out"]))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == ["base_model.model.out.diablo_blocks.default"]
+    model.save_pretrained(tmp_path)
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == ["base_model.model.out.diablo_blocks"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_of_another_dtype_is_an_error_as_in_the_base_layer(mode, bias):
+    model = torch.nn.Sequential(torch.nn.Linear(10, 20, bias=bias).bfloat16())
+    model = get_peft_model(model, DiaBloConfig(num_blocks=2, target_modules=["0"], mode=mode))
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.randn(3, 10))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x in (torch.randn(3, 10), torch.randn(3, 10).bfloat16()):
+            assert model(x).dtype == torch.bfloat16
