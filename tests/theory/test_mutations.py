@@ -43,6 +43,7 @@ SPACES, STATIONARITY = "theory/test_column_space.py", "theory/test_stationarity.
 STATISTICS, MEASURES = "theory/test_statistics.py", "theory/test_measures.py"
 STARTS, CURVATURE = "theory/test_starts.py", "theory/test_curvature.py"
 PARAMETRISATIONS = "theory/test_parametrisations.py"
+MERGED = "tuner/test_merged.py"
 REDUCTION, PROBLEMS, MAPS = "theory/test_reduction.py", "theory/test_problems.py", "theory/test_maps.py"
 
 MUTANTS = [
@@ -72,19 +73,67 @@ MUTANTS = [
     ),
     Mutant(
         "ops.py",
-        "parts.append(rows[:, layout.rows(k)] @ tail)",
-        "parts.append(rows[:, layout.rows(k)] @ (0 * tail))",
+        "out[:, layout.cols(k)].addmm_(rows[:, layout.rows(k)], tail)",
+        "out[:, layout.cols(k)].addmm_(rows[:, layout.rows(k)], 0 * tail)",
         "test_ops.py",
         "equal_the_dense_product",
         "the tail writes nothing",
     ),
     Mutant(
         "ops.py",
-        "torch.bmm(grouped, blocks)",
-        "torch.bmm(grouped, blocks.roll(1, 0))",
+        "change = torch.bmm(grouped, blocks)",
+        "change = torch.bmm(grouped, blocks.roll(1, 0))",
         "test_ops.py",
         "equal_the_dense_product",
         "every block is applied to its neighbour's inputs",
+    ),
+    Mutant(
+        "ops.py",
+        "both = pairs.as_strided((k // 2, 2, d1, d2), (pair, d1 * row + d2 * column, row, column))",
+        "both = pairs.as_strided((k // 2, 2, d1, d2), (pair, 0, row, column))",
+        "test_ops.py",
+        "equal_the_dense_product",
+        "the second block of a pair gets the first one's gradient",
+    ),
+    Mutant(
+        "ops.py",
+        "place.copy_(kept)",
+        "place.sub_(change[0])",
+        MERGED,
+        "interrupts_at_a_thousand_moments",
+        "W0 is computed back instead of put back",
+    ),
+    Mutant(
+        "ops.py",
+        "place.copy_(old + part)",
+        "place.copy_(old.to(dtype) + part.to(dtype))",
+        MERGED,
+        "autocast_computes",
+        "W0 and D are rounded before they are added",
+    ),
+    Mutant(
+        "tuner/layer.py",
+        "torch._foreach_copy_(inside, kept)\n            del self._undo[done:]",
+        "del self._undo[done:]",
+        MERGED,
+        "interrupts_while_merging",
+        "an interrupted merge stays in the weight",
+    ),
+    Mutant(
+        "tuner/injection.py",
+        "parameter.requires_grad_(flag)",
+        "pass",
+        "tuner/test_injection.py",
+        "after_the_base_was_frozen",
+        "a failed injection leaves the model frozen",
+    ),
+    Mutant(
+        "tuner/model.py",
+        "        if merge:\n            self._check_mergeable(adapter_names)",
+        "        if merge:\n            pass",
+        "tuner/test_injection.py",
+        "nan_in_one_layer",
+        "a model is merged up to the layer that holds NaN",
     ),
     Mutant(
         "theory/column_space.py",

@@ -103,6 +103,19 @@ def test_a_failure_at_the_last_layer_undoes_all_layers(monkeypatch):
     assert all(list(layer.diablo_layout) == ["default"] and layer.active_adapters == ["default"] for layer in layers)
 
 
+def test_a_failure_after_the_base_was_frozen_thaws_it(monkeypatch):
+    model = llama()
+    before = fingerprint(model)
+
+    def failing(**_):
+        raise MemoryError("no room for a copy of the head")
+
+    monkeypatch.setattr("peft.tuners.tuners_utils.set_additional_trainable_modules", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        get_peft_model(model, DiaBloConfig(num_blocks=6, modules_to_save=["lm_head"]))
+    assert same(fingerprint(model), before)
+
+
 @pytest.mark.parametrize(
     ("targets", "hint"),
     [
