@@ -336,19 +336,12 @@ class BlockWriter:
         with self.lock:
             # From the change to its undoing nothing may come between. An exception (Ctrl-C too) is raised between two
             # calls into C, never inside one; the first call that follows it is the one that restores.
-            if len(inside) == 1:
-                place, kept = inside[0], inside[0].clone()
-                try:
-                    place.add_(change[0])
-                    return linear(rows, factor, bias)
-                finally:
-                    place.copy_(kept)
-            both = [place.clone() for place in inside]
+            kept = [place.clone() for place in inside]
             try:
                 torch._foreach_add_(inside, change)
                 return linear(rows, factor, bias)
             finally:
-                torch._foreach_copy_(inside, both)
+                torch._foreach_copy_(inside, kept)
 
     def inside(
         self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout

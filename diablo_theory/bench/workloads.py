@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo_theory import methods
-from diablo_theory.blocks import BlockLayout
+from diablo_theory.bench.kernels import einsum_product
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 #: In the order of tables. "floor": everything frozen, the forward pass and the gradient of the input only.
@@ -121,12 +121,7 @@ class EinsumLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (..., m1) to (..., m2)."""
         out: Tensor = self.base_layer(x)
-        num_blocks, d1, d2 = self.blocks.shape
-        if missing := num_blocks * d1 - x.shape[-1]:
-            x = nn.functional.pad(x, (0, missing))
-        grouped = x.reshape(*x.shape[:-1], num_blocks, d1)
-        change = torch.einsum("...ni,nio->...no", grouped, self.blocks)
-        return out + change.reshape(*out.shape[:-1], num_blocks * d2)[..., : out.shape[-1]]
+        return out + einsum_product(x.reshape(-1, x.shape[-1]), self.blocks, out.shape[-1]).view(out.shape)
 
 
 class Step:
@@ -208,9 +203,3 @@ def block_counts(workload: Workload) -> range:
     """The numbers of blocks that fit every adapted matrix."""
     layers = methods.target_layers(workload.module, workload.targets).values()
     return range(1, min(max(layer.in_features, layer.out_features) for layer in layers) + 1)
-
-
-def trainable_entries(workload: Workload, num_blocks: int) -> int:
-    """DiaBlo's count, which sets everybody's budget."""
-    layers = methods.target_layers(workload.module, workload.targets).values()
-    return sum(BlockLayout(layer.in_features, layer.out_features, num_blocks).num_parameters for layer in layers)

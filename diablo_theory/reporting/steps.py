@@ -20,7 +20,7 @@ from diablo_theory.reporting.style import DIABLO_BLUE, GREY
 PHASES = ("forward", "backward", "optimizer")
 TIMES = ("workload", "num_blocks", "round", "method", "phase", "seconds")
 CONTENDERS = ("workload", "num_blocks", "name", "method", "trainable", "tokens", "static_mib", "step_peak_mib")
-REFERENCES = {"floor": "floor", "lora": "LoRA", "einsum": "einsum"}
+REFERENCES = ("floor", "lora", "einsum")
 
 
 def read_steps(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

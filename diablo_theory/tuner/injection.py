@@ -27,7 +27,6 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, config: DiaBloConfig) -> None:
-        self._model = model
         self._config, self._fields = config, copy.deepcopy(config.__dict__)
         self._children = [(module, dict(module._modules)) for module in model.modules()]
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

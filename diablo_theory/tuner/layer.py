@@ -133,13 +133,14 @@ class DiaBloLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is 
             if _autocasts(x):
                 return self._merged_forward(x.to(dtype), active[0])
             # An input of a wrong dtype is left to the base layer, which says so.
-        if x.requires_grad and torch.is_grad_enabled() and is_reordered(self.base_layer):
+        quantised = self.quantization_backend is not None
+        if quantised and x.requires_grad and torch.is_grad_enabled() and is_reordered(self.base_layer):
             raise RuntimeError(
                 "bitsandbytes reordered this 4-bit weight for inference on this CPU when the model was evaluated, and "
                 "computes no gradients through it any more: load the model again to train it, or quantise with torchao"
             )
         result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
+        if quantised:
             result = self.quantization_backend.maybe_clone_base_result(result)
         # Nobody else holds what a plain layer returns.
         ours = self._why_never_merged() is None and _why_not_plain(self.base_layer) is None

@@ -15,6 +15,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from diablo_theory.errors import nearest
 from diablo_theory.tuner.config import DiaBloConfig
@@ -215,7 +216,7 @@ def _what_could_match(model: nn.Module, config: DiaBloConfig) -> str:
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | DiaBloLinear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear | Conv1D | DiaBloLinear)
 
 
 def _warn_unmatched(config: DiaBloConfig, matched: Sequence[str]) -> None:

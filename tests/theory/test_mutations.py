@@ -97,8 +97,8 @@ MUTANTS = [
     ),
     Mutant(
         "ops.py",
-        "place.copy_(kept)",
-        "place.sub_(change[0])",
+        "torch._foreach_copy_(inside, kept)",
+        "torch._foreach_sub_(inside, change)",
         MERGED,
         "interrupts_at_a_thousand_moments",
         "W0 is computed back instead of put back",

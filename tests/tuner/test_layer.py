@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,13 @@ def test_repr_tells_geometry_mode_and_reason():
     layer = adapted(13, 17, 4)
     text = "default: num_blocks=4, block=4x5, tail=(1, 2), mode=merged (valid for this layer)"
     assert text in repr(layer)
+
+
+def test_repr_names_the_quantiser():
+    layer = adapted(12, 18, 6)
+    layer.quantization_backend = SimpleNamespace(backend_name="bnb 8bit")
+    assert "quantization_backend='bnb 8bit'" in repr(layer)
+    assert "mode=additive (the base weight is quantised (bnb 8bit))" in repr(layer)
 
 
 def test_inputs_are_cast_to_the_adapters_dtype_unless_that_is_switched_off():
