@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 PARTIAL = ".partial-"
 
 
+def cache_folder() -> Path:
+    """``$DIABLO_THEORY_CACHE``, or ``diablo_theory`` in the user's cache folder."""
+    if chosen := os.environ.get("DIABLO_THEORY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "diablo_theory"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process while the block lasts; it is made if need be.

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from diablo_theory import __version__
+from diablo_theory.ops import compiled
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "pandas", "safetensors", "gguf")
 
@@ -26,6 +27,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "cpu_kernels": compiled.status(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

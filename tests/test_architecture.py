@@ -16,7 +16,7 @@ ALLOWED = {
     "blocks": set(),
     "errors": set(),
     "files": {"errors"},
-    "ops": {"blocks"},
+    "ops": {"blocks", "files"},
     "tuner": GROUND,
     "theory": GROUND,
     "methods": {"blocks", "errors", "tuner"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "diagnose": {"errors", "finetune", "theory"},
     "reporting": {"errors", "files"},
     "progress": set(),
-    "provenance": {"__version__"},
+    "provenance": {"__version__", "ops"},
     "sweeps": {"errors", "files", "__version__"},
     "tune": {"errors", "files", "methods", "finetune", "progress", "reporting"},
     "reproduce": {"errors", "files", "bench", "finetune", "methods", "progress", "provenance", "reporting"}

@@ -4,7 +4,7 @@ from torch import nn
 
 from diablo_theory import bench
 from diablo_theory.bench import growth, kernels
-from diablo_theory.bench.workloads import EinsumLinear, Step, linear, llama
+from diablo_theory.bench.workloads import EinsumLinear, InputKeepingLinear, Step, linear, llama
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.finetune.config import resolve
 from diablo_theory.finetune.models import load_model
@@ -90,10 +90,24 @@ def test_suite_puts_every_method_at_diablos_budget(benchmark):
     _, contenders = benchmark
     for _, part in contenders.groupby("num_blocks"):
         counts = part.set_index("name")["trainable"]
-        assert counts["floor"] == 0
+        assert counts["floor"] == counts["inputs"] == 0
         assert counts["diablo"] == counts["diablo-additive"]
-        near = counts.drop(["floor", "full", "c3a"])  # no block size of C3A but 1 and 2 divides these shapes
+        near = counts.drop(["floor", "inputs", "full", "c3a"])  # no block size of C3A but 1 and 2 divides these shapes
         assert ((near / counts["diablo"] - 1).abs() < 0.5).all()
+
+
+def test_the_reference_that_reads_inputs_is_the_frozen_layer_in_everything_else():
+    layer = nn.Linear(5, 7, bias=False).requires_grad_(False)
+    results = []
+    for module in (layer, InputKeepingLinear(layer)):
+        kept = []
+        x = torch.ones(3, 5, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            out = module(x)
+        assert ((3, 5) in kept) == (module is not layer)
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_suite_counts_memory(suite, benchmark):
@@ -172,7 +186,7 @@ def test_growth_fits_a_slope_through_paired_differences(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["lora", "lorra"]}, "method must be one of floor, diablo, .*got 'lorra'"),
+        ({"methods": ["lora", "lorra"]}, "method must be one of floor, inputs, .*got 'lorra'"),
         ({"num_blocks": [64]}, "num_blocks must be from 1 to 36 for tiny, .*got 64"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
     ],

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,19 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     for _ in range(2):  # free again after the first
         with files.locked(folder), pytest.raises(ResultsError, match=f"another process is at work in {folder}"):
             files.locked(folder).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"DIABLO_THEORY_CACHE": "/a/b"}, "/a/b"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/diablo_theory"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/diablo_theory"),
+    ],
+)
+def test_cache_folder(monkeypatch, variables, expected):
+    for name in ("DIABLO_THEORY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert files.cache_folder() == Path(expected)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,6 +20,12 @@ from diablo_theory.ops import block_gradient, block_product
 SHAPES = ((64, 64), (576, 192), (576, 1536), (1536, 576), (1000, 700), (4096, 4096), (4096, 11_008), (11_008, 4096))
 #: What one timing takes at least, so that the clock and a stray interrupt do not matter.
 SECONDS = 0.004
+#: Inputs are taken in turn from copies of this many bytes in all, so that they come from beyond a core's own cache, as
+#: they do in training, where a whole model lies between a forward and a backward pass.
+POOL = 64 * 2**20
+
+
+Inputs = Sequence[tuple[Tensor, Tensor]]
 
 
 def block_counts(m1: int, m2: int) -> list[int]:
@@ -70,9 +76,17 @@ def compare_kernels(
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     for m1, m2 in shapes:
-        x, g = (torch.randn(tokens, size, generator=generator).to(device or "cpu") for size in (m1, m2))
+        copies = max(1, round(POOL / (4 * tokens * (m1 + m2))))
+        where = device or torch.device("cpu")
+        pool = [
+            (
+                torch.randn(tokens, m1, generator=generator).to(where),
+                torch.randn(tokens, m2, generator=generator).to(where),
+            )
+            for _ in range(copies)
+        ]
         for num_blocks in block_counts(m1, m2):
-            for kernel, (ours, einsum) in _pairs(x, g, BlockLayout(m1, m2, num_blocks)).items():
+            for kernel, (ours, einsum) in _pairs(pool, BlockLayout(m1, m2, num_blocks)).items():
                 ratios, seconds = _paired_ratio(ours, einsum, rounds)
                 rows.append(
                     {"m1": m1, "m2": m2, "num_blocks": num_blocks, "tokens": tokens, "kernel": kernel}
@@ -83,17 +97,25 @@ def compare_kernels(
     return pd.DataFrame(rows)
 
 
-def _pairs(x: Tensor, g: Tensor, layout: BlockLayout) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    blocks, tail = layout.gather(torch.randn(layout.in_features, layout.out_features).to(x.device))
-    tail = None if tail is None else tail.contiguous()
-    padded = x.new_zeros(layout.num_blocks, layout.block_rows, layout.block_cols).normal_()
+def _pairs(pool: Inputs, layout: BlockLayout) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    blocks, tail = layout.gather(torch.randn(layout.in_features, layout.out_features).to(pool[0][0].device))
+    blocks, tail = blocks.contiguous(), None if tail is None else tail.contiguous()
+    padded = blocks.new_zeros(layout.num_blocks, layout.block_rows, layout.block_cols).normal_()
     return {
         "product": (
-            partial(block_product, x, blocks.contiguous(), tail, layout),
-            partial(einsum_product, x, padded, layout.out_features),
+            _in_turn(pool, lambda x, _: block_product(x, blocks, tail, layout)),
+            _in_turn(pool, lambda x, _: einsum_product(x, padded, layout.out_features)),
         ),
-        "gradient": (partial(block_gradient, x, g, layout), partial(einsum_gradient, x, g, layout)),
+        "gradient": (
+            _in_turn(pool, lambda x, g: block_gradient(x, g, layout)),
+            _in_turn(pool, lambda x, g: einsum_gradient(x, g, layout)),
+        ),
     }
+
+
+def _in_turn(pool: Inputs, work: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
+    turn = itertools.cycle(pool)
+    return lambda: work(*next(turn))
 
 
 def _paired_ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[list[float], float]:

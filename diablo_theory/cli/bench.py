@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,9 +39,10 @@ def bench(
 ) -> None:
     """Time whole training steps of every method at equal budgets, in turn in one process, beside the floor.
 
-    The floor is the same model with everything frozen: the forward pass and the gradient of the input only. Ratios
-    are medians over paired rounds with a 95% interval; leave the machine alone meanwhile. All methods on the default
-    model take about 12 minutes on two cores.
+    The floor is the same model with everything frozen: the forward pass and the gradient of the input only. "inputs"
+    is the floor that also keeps and reads each adapted layer's input, as any method that trains a part of that
+    layer's weight must. Ratios are medians over paired rounds with a 95% interval; leave the machine alone meanwhile.
+    All methods on the default model take about 12 minutes on two cores.
 
     Example: `diablo-theory bench --methods diablo,lora,einsum --blocks 64 --rounds 8`
     """
@@ -52,8 +53,6 @@ def bench(
     from diablo_theory.errors import ConfigError, nearest
     from diablo_theory.files import write_with
     from diablo_theory.finetune.models import pick_device
-    from diablo_theory.provenance import provenance
-    from diablo_theory.reporting.speeds import PROVENANCE
     from diablo_theory.reporting.steps import draw_steps, step_table, summarise
     from diablo_theory.reporting.style import save
 
@@ -87,8 +86,7 @@ def bench(
     summary = summarise(times, contenders)
     console.print(step_table(summary))
     if out is not None:
-        here = provenance(where)
-        contenders = contenders.assign(**{key: here[key] for key in PROVENANCE})
+        contenders = contenders.assign(**_made_with(where))
         write_with(out / "times.csv", partial(times.to_csv, index=False))
         write_with(out / "contenders.csv", partial(contenders.to_csv, index=False))
         wrote([out / "times.csv", out / "contenders.csv", *save(draw_steps(summary), out, "steps")])
@@ -114,12 +112,17 @@ def _growth(device: torch.device, out: Path | None) -> None:
 
 def _show(table: pd.DataFrame, name: str, device: torch.device, out: Path | None) -> None:
     from diablo_theory.files import write_with
-    from diablo_theory.provenance import provenance
-    from diablo_theory.reporting.speeds import PROVENANCE
 
     console.print(table.to_string(index=False), highlight=False, soft_wrap=True)
     if out is not None:
-        here = provenance(device)
-        table = table.assign(**{key: here[key] for key in PROVENANCE})
+        table = table.assign(**_made_with(device))
         write_with(out / f"{name}.csv", partial(table.to_csv, index=False))
         wrote([out / f"{name}.csv"])
+
+
+def _made_with(device: torch.device) -> dict[str, Any]:
+    from diablo_theory.provenance import provenance
+    from diablo_theory.reporting.speeds import PROVENANCE
+
+    here = provenance(device)
+    return {key: here[key] for key in (*PROVENANCE, "cpu_kernels")}

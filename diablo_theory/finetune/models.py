@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo_theory.errors import ChecksumError, ModelUnavailableError, nearest
-from diablo_theory.files import PARTIAL, atomic_folder, read_json, remove_partial, write_json
+from diablo_theory.files import PARTIAL, atomic_folder, cache_folder, read_json, remove_partial, write_json
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,6 @@ class LoadedModel:
     tokenizer: Any
     source: str
     sha256: str | None
-
-
-def cache_folder() -> Path:
-    """``$DIABLO_THEORY_CACHE``, or ``diablo_theory`` in the user's cache folder."""
-    if chosen := os.environ.get("DIABLO_THEORY_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "diablo_theory"
 
 
 def sha256_of(path: Path) -> str:

@@ -102,19 +102,3 @@ def test_asking_for_a_gpu_that_is_not_there(monkeypatch):
     with pytest.raises(ModelUnavailableError, match="torch sees no GPU"):
         models.pick_device("cuda")
     assert models.pick_device("auto").type == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"DIABLO_THEORY_CACHE": "/a/b"}, "/a/b"),
-        ({"XDG_CACHE_HOME": "/x"}, "/x/diablo_theory"),
-        ({"HOME": "/home/me"}, "/home/me/.cache/diablo_theory"),
-    ],
-)
-def test_cache_folder(monkeypatch, variables, expected):
-    for name in ("DIABLO_THEORY_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert models.cache_folder() == Path(expected)

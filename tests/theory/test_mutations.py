@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from diablo_theory.ops import compiled
+
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = TESTS.parent / "diablo_theory"
 
@@ -43,7 +45,7 @@ SPACES, STATIONARITY = "theory/test_column_space.py", "theory/test_stationarity.
 STATISTICS, MEASURES = "theory/test_statistics.py", "theory/test_measures.py"
 STARTS, CURVATURE = "theory/test_starts.py", "theory/test_curvature.py"
 PARAMETRISATIONS = "theory/test_parametrisations.py"
-MERGED = "tuner/test_merged.py"
+MERGED, COMPILED = "tuner/test_merged.py", "test_compiled.py"
 REDUCTION, PROBLEMS, MAPS = "theory/test_reduction.py", "theory/test_problems.py", "theory/test_maps.py"
 
 MUTANTS = [
@@ -72,7 +74,7 @@ MUTANTS = [
         "blocks are read transposed",
     ),
     Mutant(
-        "ops.py",
+        "ops/kernels.py",
         "out[:, layout.cols(k)].addmm_(rows[:, layout.rows(k)], tail)",
         "out[:, layout.cols(k)].addmm_(rows[:, layout.rows(k)], 0 * tail)",
         "test_ops.py",
@@ -80,7 +82,7 @@ MUTANTS = [
         "the tail writes nothing",
     ),
     Mutant(
-        "ops.py",
+        "ops/kernels.py",
         "change = torch.bmm(grouped, blocks)",
         "change = torch.bmm(grouped, blocks.roll(1, 0))",
         "test_ops.py",
@@ -88,23 +90,55 @@ MUTANTS = [
         "every block is applied to its neighbour's inputs",
     ),
     Mutant(
-        "ops.py",
-        "both = pairs.as_strided((k // 2, 2, d1, d2), (pair, d1 * row + d2 * column, row, column))",
-        "both = pairs.as_strided((k // 2, 2, d1, d2), (pair, 0, row, column))",
-        "test_ops.py",
-        "equal_the_dense_product",
-        "the second block of a pair gets the first one's gradient",
-    ),
-    Mutant(
-        "ops.py",
-        "torch._foreach_copy_(inside, kept)",
-        "torch._foreach_sub_(inside, change)",
+        "ops/writing.py",
+        "(torch._foreach_copy_, (inside, kept))",
+        "(torch._foreach_sub_, (inside, change))",
         MERGED,
         "interrupts_at_a_thousand_moments",
         "W0 is computed back instead of put back",
     ),
     Mutant(
-        "ops.py",
+        "ops/writing.py",
+        "            try:\n                if refusal := write(*written):",
+        "            refusal = write(*written)\n            try:\n                if refusal:",
+        MERGED,
+        "interrupts_at_a_thousand_moments",
+        "an interrupt behind the writing leaves it",
+    ),
+    Mutant(
+        "ops/writing.py",
+        "if here != self._prepared[0]:",
+        "if not self._prepared[0]:",
+        MERGED,
+        "weight_and_blocks_may_move",
+        "blocks are written to where the weight once was",
+    ),
+    Mutant(
+        "ops/compiled.py",
+        "d1 * of_input + d2 * of_output",
+        "d1 * of_input",
+        COMPILED,
+        "swap_adds",
+        "blocks are written one below the other",
+    ),
+    Mutant(
+        "ops/blocks.cpp",
+        "x[last * x_row + b * d1 + i] * y[last * y_row + b * d2 + j]",
+        "0 * x[last * x_row + b * d1 + i] * y[last * y_row + b * d2 + j]",
+        COMPILED,
+        "gradient_is_the_sum",
+        "the last token adds nothing",
+    ),
+    Mutant(
+        "ops/blocks.cpp",
+        "*(vec *)to = chosen ? (add ? old + sum : sum) : old;",
+        "*(vec *)to = add ? old + sum : sum;",
+        COMPILED,
+        "product_is_the_sum",
+        "whole vectors are written over what follows a block",
+    ),
+    Mutant(
+        "ops/writing.py",
         "place.copy_(old + part)",
         "place.copy_(old.to(dtype) + part.to(dtype))",
         MERGED,
@@ -112,7 +146,7 @@ MUTANTS = [
         "W0 and D are rounded before they are added",
     ),
     Mutant(
-        "tuner/layer.py",
+        "tuner/merging.py",
         "torch._foreach_copy_(inside, kept)\n            del self._undo[done:]",
         "del self._undo[done:]",
         MERGED,
@@ -497,7 +531,12 @@ def run_tests(folder: Path, files: list[str], only: str = "") -> subprocess.Comp
     return subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *(str(TESTS / file) for file in files)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "DIABLO_THEORY_CACHE": str(folder / "cache"),  # what a mutant compiles goes with it
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -511,6 +550,8 @@ def copy(tmp_path) -> Path:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{Path(mutant.file).stem}: {mutant.reason}")
 def test_every_mutant_is_found(copy, mutant):
+    if mutant.tests == COMPILED and compiled.status() != "compiled":
+        pytest.skip(compiled.status())
     file = copy / mutant.file
     text = file.read_text(encoding="utf-8")
     assert text.count(mutant.right) == 1, (

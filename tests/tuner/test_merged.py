@@ -117,33 +117,56 @@ def test_a_bfloat16_base_trains_small_changes_that_its_own_rounding_would_swallo
     assert torch.equal(layer.base_layer.weight, weight)
 
 
+def test_weight_and_blocks_may_move_between_products():
+    layer, dtype = adapted(24, 36, 4, dtype=torch.float32, std=0.1), torch.float32
+    x = torch.randn(5, 24)
+    layer(x)
+    old = layer.base_layer.weight.data
+    before = old.clone()
+    for move in ("weight", "blocks", "strides", "dtype"):
+        if move == "weight":
+            layer.base_layer.weight.data = torch.randn(36, 24)
+        elif move == "blocks":
+            layer.diablo_blocks["default"] = nn.Parameter(torch.randn(4, 6, 9))
+        elif move == "strides":
+            layer.base_layer.weight.data = torch.randn(24, 36).T
+        else:
+            layer, dtype = layer.double(), torch.float64
+        weight = layer.base_layer.weight.detach().clone()
+        expected = nn.functional.linear(x.to(dtype), weight + layer.get_delta_weight("default"), layer.base_layer.bias)
+        torch.testing.assert_close(layer(x.to(dtype)), expected)
+        assert torch.equal(layer.base_layer.weight, weight)
+        assert torch.equal(old, before)
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_exception_inside_a_product_leaves_the_weight(where, monkeypatch):
     model = Network()
     weights = base_weights(model)
     x = torch.randn(3, 12, dtype=torch.float64)
     loss = model(x).sum()
-    real, calls = ops.linear, []
+    real, calls = ops.writing.linear, []
 
     def failing(*args):
         calls.append(1)
         assert not unchanged(model, weights)  # it is inside: this test would see a product that writes nothing
         raise MemoryError("no room for the output")
 
-    monkeypatch.setattr(ops, "linear", failing)
+    monkeypatch.setattr(ops.writing, "linear", failing)
     with pytest.raises(MemoryError, match="no room"):
         model(x) if where == "forward" else loss.backward()
     assert calls
     assert unchanged(model, weights)
-    monkeypatch.setattr(ops, "linear", real)
+    monkeypatch.setattr(ops.writing, "linear", real)
     torch.testing.assert_close(model(x).sum(), loss)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
-def test_interrupts_at_a_thousand_moments_leave_the_weight():
-    model = Network()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # in float32 the writing is compiled
+def test_interrupts_at_a_thousand_moments_leave_the_weight(dtype):
+    model = Network(dtype=dtype)
     weights = base_weights(model)
-    x = torch.randn(64, 12, dtype=torch.float64)
+    x = torch.randn(64, 12, dtype=dtype)
     expected = model(x).detach()
 
     def interrupt(*_):

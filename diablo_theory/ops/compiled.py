@@ -1,0 +1,237 @@
+"""``blocks.cpp``, built on first use for the CPU at hand where there is a C++ compiler with OpenMP.
+
+On a CPU the time of DiaBlo's own part is not arithmetic but strided reading and the cost of many small calls; a page
+of C++ halves it. Everything here has a counterpart in plain torch, which is used without a compiler, in other dtypes
+and on other devices. ``DIABLO_THEORY_COMPILED=0`` in the environment turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diablo_theory.files import atomic_path, cache_folder
+
+SOURCE = Path(__file__).with_name("blocks.cpp")
+SWITCH = "DIABLO_THEORY_COMPILED"
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+#: Seconds after which a compiler is given up; it needs one.
+PATIENCE = 120
+#: Floats of a vector in blocks.cpp.
+LANES = 16
+#: Blocks with a shorter side than this are faster here than as a batched product, by measurement: at the sizes of
+#: language models a third to two thirds of the time where x comes from memory, as it does in training.
+SHORT = 48
+#: Numbers of x and g below which they lie in the cache, where the batched product is as fast or faster.
+FAR = 2**19
+
+#: Subclasses of Tensor (fake or distributed ones) need not have their numbers where data_ptr points.
+PLAIN = (Tensor, torch.nn.Parameter)
+#: Why nothing was written.
+REFUSALS = {1: "no memory for a copy of what the blocks cover", 2: "a product within a product with the same weight"}
+#: A function in C and its arguments.
+Write = tuple[Callable[..., Any], tuple[Any, ...]]
+
+_POINTER, _INTEGER, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "diablo_product": (_POINTER, _INTEGER, _POINTER, *[_INTEGER] * 3, _POINTER, *[_INTEGER] * 6, _FLAG),
+    "diablo_gradient": (_POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER, *[_INTEGER] * 3),
+    "diablo_write": (_POINTER, *[_INTEGER] * 6, _POINTER, _POINTER),
+    "diablo_restore": (_POINTER, *[_INTEGER] * 6, _POINTER),
+}
+
+
+class _UnavailableError(Exception):
+    """Why there is no library."""
+
+
+def status() -> str:
+    """Whether compiled kernels are in use, and if not why: for reports and benchmarks. Builds them if need be."""
+    library, reason = _library()
+    return "compiled" if library else f"torch ({reason})"
+
+
+def product(x: Tensor, blocks: Tensor, out: Tensor, *, add: bool) -> bool:
+    """Write ``x D`` into the first k d2 columns of ``out``, or add it to them.
+
+    Args:
+        x: Shape (tokens, at least k d1).
+        blocks: Shape (k, d1, d2), any strides.
+        out: Shape (tokens, at least k d2).
+        add: Add.
+
+    Returns:
+        Whether it was done; False where the compiled kernel does not apply.
+    """
+    k, d1, d2 = blocks.shape
+    if d1 == 1 or not _worthwhile(x.shape[0], k, d1, d2):
+        return False
+    if blocks.dtype is not torch.float32 or type(blocks) not in PLAIN:
+        return False
+    if not (_readable(x, k * d1) and _readable(out, k * d2)):
+        return False
+    library, _ = _library()
+    return library is not None and not library.diablo_product(
+        *(x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), out.shape[1], x.shape[0]),
+        *(blocks.data_ptr(), *blocks.stride(), k, d1, d2, add),
+    )
+
+
+def gradient(x: Tensor, g: Tensor, k: int, d1: int, d2: int) -> Tensor | None:
+    """The first k diagonal blocks of ``x^T g``, each d1 x d2.
+
+    Args:
+        x: Shape (tokens, at least k d1).
+        g: Shape (tokens, at least k d2).
+        k: Blocks.
+        d1: Rows of each.
+        d2: Columns of each.
+
+    Returns:
+        Shape (k, d1, d2), or None where the compiled kernel does not apply. Every sum of tokens is formed in an order
+        that does not depend on the number of threads.
+    """
+    if not _worthwhile(x.shape[0], k, d1, d2) or g.stride(0) < LANES:
+        return None
+    if not (_readable(x, k * d1) and _readable(g, k * d2)):
+        return None
+    library, _ = _library()
+    if library is None:
+        return None
+    if 3 * _vectors(d1) * d2 < 2 * _vectors(d2) * d1:  # the other side fills vectors much better
+        turned = gradient(g, x, k, d2, d1)
+        return None if turned is None else turned.mT
+    out = x.new_empty(k, d1, d2)
+    failed = library.diablo_gradient(
+        *(x.data_ptr(), x.stride(0), g.data_ptr(), g.stride(0), x.shape[0]),
+        *(out.data_ptr(), k, d1, d2),
+    )
+    return None if failed else out
+
+
+class Swap:
+    """Both ways prepared in C: adding blocks to the diagonal of a weight, and putting back what was there.
+
+    Valid for as long as :func:`whereabouts` of the two stays what it was.
+
+    Attributes:
+        write: Function and arguments; copies what is there first. Returns 0, or an entry of :data:`REFUSALS`, having
+            done nothing.
+        restore: Function and arguments; bit for bit, and nothing where nothing was written.
+    """
+
+    def __init__(self, library: ctypes.CDLL, weight: Tensor, inputs_first: bool, blocks: Tensor) -> None:
+        k, d1, d2 = blocks.shape
+        of_input, of_output = weight.stride() if inputs_first else weight.stride()[::-1]
+        #: Address of the copy while there is one; belongs to C.
+        self._slot = ctypes.c_void_p()
+        place = (weight.data_ptr(), d1 * of_input + d2 * of_output, of_input, of_output, k, d1, d2)
+        slot = ctypes.addressof(self._slot)
+        self.write: Write = library.diablo_write, (*place, blocks.data_ptr(), slot)
+        self.restore: Write = library.diablo_restore, (*place, slot)
+
+
+def swap(weight: Tensor, inputs_first: bool, blocks: Tensor) -> Swap | None:
+    """Prepare a :class:`Swap`.
+
+    Args:
+        weight: Shape (m1, m2) if inputs come first, (m2, m1) otherwise, at least as large as the blocks' diagonal.
+        inputs_first: See weight.
+        blocks: Shape (k, d1, d2).
+
+    Returns:
+        None where the compiled functions do not apply.
+    """
+    if not (
+        weight.dtype is torch.float32 and blocks.dtype is torch.float32 and weight.is_cpu and blocks.is_contiguous()
+    ):
+        return None
+    library, _ = _library()
+    return None if library is None else Swap(library, weight, inputs_first, blocks)
+
+
+def whereabouts(weight: Tensor, blocks: Tensor) -> tuple[Any, ...]:
+    """All that a :class:`Swap` depends on; cheap, because it is asked for in every product."""
+    return (
+        *(weight.data_ptr(), weight.is_cpu, weight.dtype, weight.shape, weight.stride()),
+        *(blocks.data_ptr(), blocks.dtype, blocks.shape, blocks.stride()),
+    )
+
+
+def _worthwhile(tokens: int, k: int, d1: int, d2: int) -> bool:
+    return max(d1, d2) > 1 and min(d1, d2) < SHORT and tokens * k * (d1 + d2) >= FAR
+
+
+def _readable(rows: Tensor, columns: int) -> bool:
+    return (
+        rows.dtype is torch.float32
+        and type(rows) in PLAIN
+        and rows.is_cpu
+        and rows.shape[1] >= columns
+        and rows.stride(1) == 1
+    )
+
+
+def _vectors(size: int) -> int:
+    return -(-size // LANES)
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    try:
+        return _load(), ""
+    except _UnavailableError as reason:
+        return None, str(reason)
+
+
+def _load() -> ctypes.CDLL:
+    if os.environ.get(SWITCH, "1") == "0":
+        raise _UnavailableError(f"{SWITCH}=0")
+    compiler = _compiler()
+    # The file's name holds all that its content depends on, the instructions of this CPU included.
+    macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256("\n".join([*compiler, *FLAGS, macros, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    file = cache_folder() / "compiled" / f"blocks-{key}.so"
+    try:
+        try:
+            library = ctypes.CDLL(str(file))
+        except OSError:  # not there, or damaged
+            with atomic_path(file) as aside:
+                _run([*compiler, *FLAGS, str(SOURCE), "-o", str(aside)])
+            library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise _UnavailableError(f"{file}: {error.strerror or error}") from None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def _compiler() -> list[str]:
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise _UnavailableError("no C++ compiler: neither CXX in the environment nor c++, g++ or clang++")
+    return [found]
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip().splitlines() or ["it said nothing"])[0]
+        raise _UnavailableError(f"{command[0]} failed: {said}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _UnavailableError(f"{command[0]} did not run: {error}") from None
+    return done.stdout

@@ -1,0 +1,188 @@
+"""Merged mode: D inside the frozen weight, for just as long as one product takes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from diablo_theory.blocks import BlockLayout
+from diablo_theory.ops import compiled
+from diablo_theory.ops.products import block_product, derivatives, rows_of, transposed
+
+
+def merged(
+    x: Float[Tensor, "*batch m1"],
+    weight: Tensor,
+    bias: Float[Tensor, " m2"] | None,
+    blocks: Float[Tensor, "k d1 d2"],
+    tail: Float[Tensor, "r c"] | None,
+    layout: BlockLayout,
+    writer: BlockWriter,
+) -> Float[Tensor, "*batch m2"]:
+    """``x (W0 + D) + bias`` as one product: D is added into the weight's diagonal blocks for just as long as it takes.
+
+    The weight holds W0 at every moment but inside the two products (this one, and the input gradient's in the backward
+    pass); its blocks are put back from a copy, bit for bit, also when the product raises or is interrupted. Nothing
+    outside can therefore see a changed weight, and other users of the same weight are not disturbed. Writing the
+    blocks moves m1 m2 / N numbers, against (tokens) m1 m2 multiplications.
+
+    Where the product is computed in another dtype than the weight's (autocast), a cast copy is written into instead.
+    In low precision W0 + D is rounded once.
+
+    Args:
+        x: Inputs, shape (..., m1), in the dtype that the product is to be computed in.
+        weight: W0, frozen: shape (m2, m1) as in ``nn.Linear``, or (m1, m2) where the writer says so.
+        bias: Shape (m2,), or None; it gets a gradient if it wants one.
+        blocks: The complete blocks of D, shape (k, d1, d2), any floating dtype.
+        tail: The one cut block, or None.
+        layout: The geometry.
+        writer: The one that all callers use for this weight.
+
+    Returns:
+        Shape (..., m2), the dtype of x.
+    """
+    out: Tensor = _Merged.apply(x, weight, bias, blocks, tail, layout, writer)
+    return out
+
+
+class BlockWriter:
+    """Writes blocks into one weight for the time of one product; copies and pickles get a lock of their own.
+
+    Args:
+        inputs_first: The weight is stored inputs by outputs (transformers' ``Conv1D``), not as ``nn.Linear`` does.
+    """
+
+    def __init__(self, inputs_first: bool = False) -> None:
+        self.inputs_first = inputs_first
+        #: Held while the weight is changed, so that other threads never compute with a weight that is half-way.
+        self.lock = threading.RLock()
+        #: Where weight and blocks were last, and what was prepared for that: one attribute, so that no interrupt can
+        #: come between the two.
+        self._prepared: tuple[tuple[Any, ...], compiled.Swap | None] = ((), None)
+
+    def __reduce__(self) -> tuple[type[BlockWriter], tuple[bool]]:
+        return BlockWriter, (self.inputs_first,)
+
+    def product(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: tuple[Tensor, Tensor | None],
+        layout: BlockLayout,
+        *,
+        back: bool,
+    ) -> Tensor:
+        """``rows (W0 + D) + bias``, or with ``back`` ``rows (W0 + D)^T``; the weight is as before afterwards.
+
+        Raises:
+            MemoryError: If there is no room for a copy of what the blocks cover.
+        """
+        # .data: these writes are undone before anybody can look, so autograd must not count them as changes of W0.
+        data = weight.data
+        if weight.dtype is not rows.dtype:
+            return linear(rows, self._factor(self._cast(data, parts, layout, rows.dtype), back), bias)
+        factor = self._factor(data, back)
+        with self.lock:
+            # An exception (Ctrl-C too) is raised between two calls into C, never inside one; the first call that
+            # follows it is the one that restores.
+            (write, written), (restore, restored) = self._swap(data, parts, layout)
+            try:
+                if refusal := write(*written):
+                    raise MemoryError(compiled.REFUSALS[refusal])
+                return linear(rows, factor, bias)
+            finally:
+                restore(*restored)
+
+    def _swap(
+        self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout
+    ) -> tuple[compiled.Write, compiled.Write]:
+        """How to write, and how to put back, each as one function in C and its arguments."""
+        blocks, tail = parts
+        if tail is None:
+            here = compiled.whereabouts(data, blocks)
+            if here != self._prepared[0]:
+                layout.check(blocks, tail)
+                layout.views(data if self.inputs_first else data.T)  # the weight's shape too is checked
+                self._prepared = here, compiled.swap(data, self.inputs_first, blocks)
+            if swap := self._prepared[1]:
+                return swap.write, swap.restore
+        inside, change = self.inside(data, parts, layout)
+        kept = [place.clone() for place in inside]
+        return (_add, (inside, change)), (torch._foreach_copy_, (inside, kept))
+
+    def inside(
+        self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the entries of a weight that D covers, beside the parts of D that go there."""
+        blocks, tail = parts
+        block_views, tail_view = layout.views(data if self.inputs_first else data.T)
+        if tail is None or tail_view is None:
+            return [block_views], [blocks]
+        return [block_views, tail_view], [blocks, tail]
+
+    def _factor(self, data: Tensor, back: bool) -> Tensor:
+        # F.linear multiplies by the transpose of what it is given.
+        return data.T if back is not self.inputs_first else data
+
+    def _cast(
+        self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout, dtype: torch.dtype
+    ) -> Tensor:
+        """W0 + D in another dtype, each entry rounded once."""
+        copy = data.to(dtype)
+        exact, change = self.inside(data, parts, layout)
+        for place, old, part in zip(self.inside(copy, parts, layout)[0], exact, change, strict=True):
+            place.copy_(old + part)
+        return copy
+
+
+def _add(inside: list[Tensor], change: list[Tensor]) -> int:
+    torch._foreach_add_(inside, change)
+    return 0
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        blocks: Tensor,
+        tail: Tensor | None,
+        layout: BlockLayout,
+        writer: BlockWriter,
+    ) -> Tensor:
+        # The weight and D are saved as autograd would save them, so that changing either before the backward pass
+        # is noticed; x only if D learns.
+        learns = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if learns else None, weight, blocks, tail)
+        ctx.layout, ctx.writer = layout, writer
+        return writer.product(x, weight, bias, (blocks, tail), layout, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, blocks, tail = ctx.saved_tensors
+        layout, writer = ctx.layout, ctx.writer
+        differentiable = torch.is_grad_enabled()
+        grad_x = grad_bias = grad_blocks = grad_tail = None
+        if ctx.needs_input_grad[0] and differentiable:
+            back = block_product(
+                g, blocks.mT.to(g.dtype), None if tail is None else tail.mT.to(g.dtype), transposed(layout)
+            )
+            grad_x = linear(g, (weight if writer.inputs_first else weight.T).to(g.dtype)) + back
+        elif ctx.needs_input_grad[0]:
+            grad_x = writer.product(g, weight, None, (blocks, tail), layout, back=True)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows_of(g).sum(0)
+        if x is not None:
+            _, gradient = derivatives()
+            grad_blocks, grad_tail = gradient(rows_of(x), rows_of(g), layout)
+            grad_blocks = grad_blocks.to(blocks.dtype)
+            grad_tail = None if grad_tail is None else grad_tail.to(tail.dtype)
+        return grad_x, None, grad_bias, grad_blocks, grad_tail, None, None
