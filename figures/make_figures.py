@@ -13,12 +13,15 @@ from diablo_theory.files import write_text
 from diablo_theory.reporting.plots import save_figures
 from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.speeds import read_speeds, readable_speeds
+from diablo_theory.reporting.steps import aims, draw_steps, read_steps, readable_steps, side_measures, summarise
+from diablo_theory.reporting.style import save
 from diablo_theory.reporting.tables import Tables, build, markdown, readable
 
 HERE = Path(__file__).resolve().parent
 SAVED = HERE.parent / "paper_results" / "reproduced"
 README = HERE.parent / "README.md"
 SPEEDS = HERE.parent / "paper_results" / "speed"
+STEPS = HERE.parent / "paper_results" / "steps"
 END = "<!-- end of generated -->"
 IN_README = ("results", "differences", "costs")
 
@@ -38,14 +41,30 @@ def with_section(readme: str, name: str, body: str) -> str:
     return f"{before}{begin}{first_line}\n\n{body}\n{end}{after}"
 
 
-def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame) -> str:
+def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame, steps: Path) -> str:
     """README's text with the tables of the saved results renewed."""
     words = readable(tables)
-    results = "\n".join(markdown(words[name]) for name in IN_README if name in words)
-    places = speeds[["cpu", "threads", "torch"]].drop_duplicates().itertuples(index=False)
-    where = "\n".join(f"Measured on {cpu}, {threads} threads, torch {torch}." for cpu, threads, torch in places)
-    speed = f"{markdown(readable_speeds(speeds))}\n{where}\n"
-    return with_section(with_section(readme, "paper_results/reproduced", results), "paper_results/speed", speed)
+    times, contenders = read_steps(steps)
+    sections = {
+        "paper_results/reproduced": [words[name] for name in IN_README if name in words],
+        "paper_results/speed": [readable_speeds(speeds)],
+        "paper_results/steps": [
+            readable_steps(summarise(times, contenders)),
+            aims(times, contenders),
+            side_measures(steps),
+        ],
+    }
+    where = {"paper_results/speed": measured_on(speeds), "paper_results/steps": measured_on(contenders)}
+    for name, frames in sections.items():
+        body = "\n".join(markdown(frame) for frame in frames)
+        readme = with_section(readme, name, body + (f"\n{where[name]}\n" if name in where else ""))
+    return readme
+
+
+def measured_on(lines: pd.DataFrame) -> str:
+    """Where saved measures come from, in a sentence for each machine."""
+    places = lines[["cpu", "threads", "torch"]].drop_duplicates().itertuples(index=False)
+    return "\n".join(f"Measured on {cpu}, {threads} threads, torch {torch}." for cpu, threads, torch in places)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         tables = build(data)
         written, skipped = save_figures(data, tables, options.out)
         if options.results == SAVED:
-            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS)))
+            written += save(draw_steps(summarise(*read_steps(STEPS))), options.out, "steps")
+            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS), STEPS))
             written.append(README)
     except DiabloTheoryError as error:
         print(f"error: {error}", file=sys.stderr)

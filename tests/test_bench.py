@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from diablo_theory import bench
-from diablo_theory.bench import growth, kernels
+from diablo_theory.bench import growth, kernels, loading
 from diablo_theory.bench.workloads import EinsumLinear, InputKeepingLinear, Step, linear, llama
 from diablo_theory.blocks import BlockLayout
 from diablo_theory.finetune.config import resolve
@@ -207,3 +207,12 @@ def test_a_layer_is_a_workload_too():
 
 def test_kept_pages_are_a_setting_of_the_c_library():
     assert bench.keep_pages() in (True, False)
+
+
+def test_loading_is_timed_beside_the_bytes():
+    rounds = []
+    table = loading.loading(rounds.append, "tiny", layers=2, num_blocks=(6, 3), rounds=2)
+    assert sum(rounds) == loading.work((6, 3), 2) == 6
+    assert (table.drop(columns="num_blocks") > 0).all().all()
+    assert table["adapter_mib"].is_monotonic_increasing  # N = 3 has twice the parameters
+    assert table["parameters"].nunique() == 1

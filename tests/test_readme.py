@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_tables_are_those_of_the_saved_results():
     script = runpy.run_path(str(ROOT / "figures" / "make_figures.py"))
-    saved = build(collect(script["SAVED"])), read_speeds(script["SPEEDS"])
+    saved = build(collect(script["SAVED"])), read_speeds(script["SPEEDS"]), script["STEPS"]
     assert script["with_tables"](README, *saved) == README
 
 

@@ -64,6 +64,21 @@ class Workload:
     tokens: int
 
 
+def llama_config(shape: str, layers: int, length: int) -> LlamaConfig:
+    """A Llama of a name in :data:`SHAPES`, with so many decoder layers and room for so many tokens."""
+    hidden, mlp, heads, kv_heads, vocabulary = SHAPES[shape]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=max(length, 32),
+    )
+
+
 def llama(
     shape: str, layers: int, batch: int, length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Workload:
@@ -81,21 +96,11 @@ def llama(
         The workload. The embeddings' output is its input and asks for a gradient, so that every method computes the
         input gradients of all layers, the floor included.
     """
-    hidden, mlp, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-        max_position_embeddings=max(length, 32),
-    )
+    config = llama_config(shape, layers, length)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(device, dtype).train()
-        ids = torch.randint(vocabulary, (batch, length)).to(device)
+        ids = torch.randint(config.vocab_size, (batch, length)).to(device)
     embedded = model.get_input_embeddings()(ids).detach()
 
     def loss(module: nn.Module) -> Tensor:

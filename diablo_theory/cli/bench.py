@@ -35,6 +35,9 @@ def bench(
     growth: Annotated[
         bool, typer.Option(help="Instead: how merged mode's cost above the floor grows with N and with tokens.")
     ] = False,
+    loading: Annotated[
+        bool, typer.Option(help="Instead: loading an adapter of a 1B model and merging it (8 GiB of memory).")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for times.csv, contenders.csv and a figure.")] = None,
 ) -> None:
     """Time whole training steps of every method at equal budgets, in turn in one process, beside the floor.
@@ -62,6 +65,9 @@ def bench(
         return
     if growth:
         _growth(pick_device(device), out)
+        return
+    if loading:
+        _loading(out)
         return
     wanted = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
     for name in wanted:
@@ -108,6 +114,16 @@ def _growth(device: torch.device, out: Path | None) -> None:
     with Board(console).piece("merged mode above the floor", work()) as advance:
         table = growth(advance, device=device)
     _show(table, "growth", device, out)
+
+
+def _loading(out: Path | None) -> None:
+    import torch
+
+    from diablo_theory.bench.loading import loading, work
+
+    with Board(console).piece("from an adapter's file to a merged model", work()) as advance:
+        table = loading(advance)
+    _show(table, "loading", torch.device("cpu"), out)
 
 
 def _show(table: pd.DataFrame, name: str, device: torch.device, out: Path | None) -> None:

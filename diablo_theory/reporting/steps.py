@@ -19,8 +19,21 @@ from diablo_theory.reporting.style import DIABLO_BLUE, GREY
 
 PHASES = ("forward", "backward", "optimizer")
 TIMES = ("workload", "num_blocks", "round", "method", "phase", "seconds")
-CONTENDERS = ("workload", "num_blocks", "name", "method", "trainable", "tokens", "static_mib", "step_peak_mib")
+CONTENDERS = (
+    *("workload", "num_blocks", "name", "method", "trainable", "tokens"),
+    *("static_mib", "step_peak_mib", "inputs_mib", "trainable_mib"),
+)
 REFERENCES = ("floor", "lora", "einsum")
+#: (contender, reference, asked): the whole step of one as a ratio to that of the other is to be at most so much.
+AIMS = (
+    *(("diablo", "floor", 1.04), ("diablo", "lora", 0.98), ("diablo", "einsum", 0.93)),
+    *(("diablo", name, 1.0) for name in ("dora", "miss", "c3a")),
+    ("diablo-additive", "einsum", 1.0),
+)
+#: Where the figure's axis ends; what is slower is named at its edge, so that the others can be told apart.
+SLOWEST = 1.35
+#: Bytes beyond the floor and the adapted layers' inputs that merged mode may take, for each byte that trains.
+BYTES_PER_BYTE = 6
 
 
 def read_steps(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -98,6 +111,85 @@ def readable_steps(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
+    """What was asked of DiaBlo's speed and memory, beside what was measured; in words, a line for each number of blocks.
+
+    Args:
+        times: As from :func:`read_steps`.
+        contenders: As from :func:`read_steps`.
+
+    Returns:
+        Columns Measure, N, Measured, Asked (at most), Met. A ratio is met by its median; its interval stands beside it.
+    """
+    lines = []
+    for count, part in contenders.groupby("num_blocks", sort=False):
+        whole = times[(times["num_blocks"] == count) & (times["phase"] == "step")]
+        by = part.set_index("name")
+        for name, reference, asked in AIMS:
+            if name in by.index and reference in by.index:
+                ratio = time_ratio(whole, by.loc[name, "method"], by.loc[reference, "method"])
+                measured = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+                what = f"step, {name} over {reference}"
+                lines.append((what, count, measured, f"{asked:.2f}", "yes" if ratio.value <= asked else "no"))
+        memory = by["static_mib"] + by["step_peak_mib"]
+        ours = by.loc["diablo"]
+        limits = {"floor + inputs + 6 x trainable": memory["floor"] + ours["inputs_mib"]}
+        limits["floor + inputs + 6 x trainable"] += BYTES_PER_BYTE * ours["trainable_mib"]
+        if "lora" in memory:
+            limits["lora"] = memory["lora"]
+        for name, limit in limits.items():
+            met = "yes" if memory["diablo"] <= limit else "no"
+            lines.append(
+                (f"memory, diablo beside {name}", count, f"{memory['diablo']:,.1f} MiB", f"{limit:,.1f} MiB", met)
+            )
+    return pd.DataFrame(lines, columns=["Measure", "N", "Measured", "Asked (at most)", "Met"])
+
+
+def side_measures(folder: Path) -> pd.DataFrame:
+    """What the saved ``kernels.csv``, ``growth.csv`` and ``loading.csv`` say, a line each in words.
+
+    Raises:
+        ResultsError: If one is missing or damaged.
+    """
+    tables = {}
+    for name in ("kernels", "growth", "loading"):
+        path = folder / f"{name}.csv"
+        try:
+            tables[name] = pd.read_csv(path)
+        except (ValueError, OSError) as error:
+            raise ResultsError(f"{path} cannot be read ({error}); `diablo-theory bench --{name}` writes it") from error
+    lines = []
+    for kernel, part in tables["kernels"].groupby("kernel"):
+        worst = part.loc[part["ratio"].idxmax()]
+        at = f"{worst['m1']:.0f} x {worst['m2']:.0f}, N = {worst['num_blocks']:.0f}"
+        lines.append(
+            {
+                "Measure": f"block {kernel} over einsum, {len(part)} shapes",
+                "Measured": f"{part['ratio'].median():.2f} (best {part['ratio'].min():.2f}, "
+                f"worst {worst['ratio']:.2f} at {at}, whose rounds gave {worst['smallest']:.2f} to {worst['largest']:.2f})",
+            }
+        )
+    for varied, part in tables["growth"].groupby("varied"):
+        span = f"{part[varied].min():,} to {part[varied].max():,}"
+        name = {"num_blocks": "N", "tokens": "tokens"}[str(varied)]
+        lines.append(
+            {
+                "Measure": f"exponent of merged mode's cost above the floor in {name}, {span}",
+                "Measured": f"{part['exponent'].iloc[0]:.2f} (operations alone: {-1 if name == 'N' else 1})",
+            }
+        )
+    for row in tables["loading"].to_dict("records"):
+        lines.append(
+            {
+                "Measure": f"loading and merging N = {row['num_blocks']} ({row['adapter_mib']:,.0f} MiB) "
+                f"into a model of {row['parameters'] / 1e9:.2f}B ({row['model_mib']:,.0f} MiB)",
+                "Measured": f"{row['load_seconds'] + row['merge_seconds']:.2f} s; over reading and writing the adapter's bytes "
+                f"{row['over_adapter']:.2f}, the model's {row['over_model']:.2f}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
 def step_table(summary: pd.DataFrame) -> Table:
     """The readable summary for a terminal."""
     lines = readable_steps(summary)
@@ -129,6 +221,17 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         ends = part[["over_floor_low", "over_floor_high"]].to_numpy()
         left.hlines(places, ends[:, 0], ends[:, 1], color=colours, linewidth=2)
         left.scatter(part["over_floor"], places, color=colours, zorder=3, s=22)
+        for place, value, high in zip(places, part["over_floor"], ends[:, 1], strict=True):
+            slow = value > SLOWEST
+            text, at = (f"{value:.2f} →", SLOWEST) if slow else (f"{value:.3f}", np.fmax(value, high))
+            left.annotate(
+                *(text, (at, place)),
+                xytext=(-2 if slow else 6, 0),
+                textcoords="offset points",
+                ha="right" if slow else "left",
+                va="center",
+                fontsize=7,
+            )
         left.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
         left.set_yticks(list(places), part["method"])
         memory = part["static_mib"] + part["step_peak_mib"]
@@ -137,6 +240,7 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         left.set_title(f"N = {count}", loc="left")
         for panel in (left, right):
             panel.set_ylim(-0.6, len(part) - 0.4)
+    panels[-1, 0].set_xlim(0.98, max(1.01, min(SLOWEST, 1.06 * summary["over_floor"].max())))
     panels[-1, 0].set_xlabel("whole step, ratio to the floor")
     panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
     figure.suptitle(str(summary["workload"].iloc[0]), x=0.02, ha="left", fontsize=9)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.steps import draw_steps, read_steps, readable_steps, summarise
+from diablo_theory.reporting.steps import aims, draw_steps, read_steps, readable_steps, side_measures, summarise
 
 WORK = "smollm2, 8 layers"
 
@@ -23,7 +23,7 @@ def saved(tmp_path):
     ]
     contenders = [
         {"workload": WORK, "num_blocks": 64, "name": name, "method": method, "trainable": 1000 * place}
-        | {"tokens": 1024, "static_mib": 100.0 + place, "step_peak_mib": 50.0}
+        | {"tokens": 1024, "static_mib": 100.0 + place, "step_peak_mib": 50.0, "inputs_mib": 0.5, "trainable_mib": 0.1}
         for place, (name, method) in enumerate(zip(names, seconds, strict=True))
     ]
     pd.DataFrame(times).to_csv(tmp_path / "times.csv", index=False)
@@ -64,6 +64,37 @@ def test_the_figure_has_a_row_of_panels_for_each_block_count(saved):
     assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == ["N = 16", "N = 64"]
     dots = figure.axes[0].collections[1].get_offsets()
     assert np.allclose(sorted(dots[:, 0]), [1.0, 1.03, 1.1, 1.2])
+
+
+def test_aims_are_met_by_medians_and_sums(saved):
+    lines = aims(*read_steps(saved)).set_index("Measure")
+    assert lines.loc["step, diablo over floor", "Measured"] == "1.030 (1.030 to 1.030)"
+    met = {"floor": "yes", "lora": "yes", "einsum": "yes"}  # 1.03 of 1.04; 1.03 / 1.1 of 0.98; 1.03 / 1.2 of 0.93
+    assert {name: lines.loc[f"step, diablo over {name}", "Met"] for name in met} == met
+    # 151 MiB, beside LoRA's 152 and 150 + 0.5 + 6 x 0.1
+    assert lines.loc["memory, diablo beside lora", "Met"] == "yes"
+    assert lines.loc["memory, diablo beside floor + inputs + 6 x trainable", "Asked (at most)"] == "151.1 MiB"
+    times, contenders = read_steps(saved)
+    times.loc[times["method"] == "DiaBlo N=64", "seconds"] *= 1.02
+    lines = aims(times, contenders.assign(static_mib=contenders["static_mib"] + [0, 1, 0, 0])).set_index("Measure")
+    assert set(lines["Met"].drop(["step, diablo over lora", "step, diablo over einsum"])) == {"no"}
+
+
+def test_side_measures_in_words(tmp_path):
+    kernel = {"m1": 8, "m2": 4, "num_blocks": 2, "smallest": 0.5, "largest": 1.2}
+    rows = [kernel | {"kernel": "product", "ratio": ratio} for ratio in (0.6, 0.9, 1.1)]
+    pd.DataFrame(rows).to_csv(tmp_path / "kernels.csv", index=False)
+    with pytest.raises(ResultsError, match="growth.csv cannot be read .*bench --growth"):
+        side_measures(tmp_path)
+    growth = [{"varied": "num_blocks", "num_blocks": n, "tokens": 512, "exponent": -0.91} for n in (1, 4)]
+    pd.DataFrame(growth).to_csv(tmp_path / "growth.csv", index=False)
+    loading = {"num_blocks": 64, "adapter_mib": 40.0, "parameters": 1.2e9, "model_mib": 2400.0}
+    loading |= {"load_seconds": 0.2, "merge_seconds": 0.1, "over_adapter": 4.0, "over_model": 0.1}
+    pd.DataFrame([loading]).to_csv(tmp_path / "loading.csv", index=False)
+    said = side_measures(tmp_path)["Measured"].tolist()
+    assert said[0] == "0.90 (best 0.60, worst 1.10 at 8 x 4, N = 2, whose rounds gave 0.50 to 1.20)"
+    assert said[1] == "-0.91 (operations alone: -1)"
+    assert said[2] == "0.30 s; over reading and writing the adapter's bytes 4.00, the model's 0.10"
 
 
 @pytest.mark.parametrize("damage", ["missing", "columns", "bytes"])
