@@ -112,22 +112,23 @@ def readable_steps(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
-    """What was asked of DiaBlo's speed and memory, beside what was measured; in words, a line for each number of blocks.
+    """What was asked of DiaBlo's speed and memory, beside what was measured; in words, once for each N.
 
     Args:
         times: As from :func:`read_steps`.
         contenders: As from :func:`read_steps`.
 
     Returns:
-        Columns Measure, N, Measured, Asked (at most), Met. A ratio is met by its median; its interval stands beside it.
+        Columns Measure, N, Measured, Asked (at most), Met: by the median of a ratio; its interval stands beside it.
     """
     lines = []
     for count, part in contenders.groupby("num_blocks", sort=False):
         whole = times[(times["num_blocks"] == count) & (times["phase"] == "step")]
         by = part.set_index("name")
+        labels = by["method"].astype(str).to_dict()
         for name, reference, asked in AIMS:
-            if name in by.index and reference in by.index:
-                ratio = time_ratio(whole, by.loc[name, "method"], by.loc[reference, "method"])
+            if name in labels and reference in labels:
+                ratio = time_ratio(whole, labels[name], labels[reference])
                 measured = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
                 what = f"step, {name} over {reference}"
                 lines.append((what, count, measured, f"{asked:.2f}", "yes" if ratio.value <= asked else "no"))
@@ -158,36 +159,35 @@ def side_measures(folder: Path) -> pd.DataFrame:
             tables[name] = pd.read_csv(path)
         except (ValueError, OSError) as error:
             raise ResultsError(f"{path} cannot be read ({error}); `diablo-theory bench --{name}` writes it") from error
-    lines = []
+    lines: list[tuple[str, str]] = []
     for kernel, part in tables["kernels"].groupby("kernel"):
-        worst = part.loc[part["ratio"].idxmax()]
-        at = f"{worst['m1']:.0f} x {worst['m2']:.0f}, N = {worst['num_blocks']:.0f}"
+        worst = part.sort_values("ratio").iloc[-1]
+        at = f"{worst['m1']} x {worst['m2']}, N = {worst['num_blocks']}"
         lines.append(
-            {
-                "Measure": f"block {kernel} over einsum, {len(part)} shapes",
-                "Measured": f"{part['ratio'].median():.2f} (best {part['ratio'].min():.2f}, "
-                f"worst {worst['ratio']:.2f} at {at}, whose rounds gave {worst['smallest']:.2f} to {worst['largest']:.2f})",
-            }
+            (
+                f"block {kernel} over einsum, {len(part)} shapes",
+                f"median {part['ratio'].median():.2f}, best {part['ratio'].min():.2f}, worst {worst['ratio']:.2f} "
+                f"({at}; its rounds: {worst['smallest']:.2f} to {worst['largest']:.2f})",
+            )
         )
-    for varied, part in tables["growth"].groupby("varied"):
-        span = f"{part[varied].min():,} to {part[varied].max():,}"
-        name = {"num_blocks": "N", "tokens": "tokens"}[str(varied)]
+    for varied, name, expected in (("num_blocks", "N", -1), ("tokens", "tokens", 1)):
+        part = tables["growth"][tables["growth"]["varied"] == varied]
         lines.append(
-            {
-                "Measure": f"exponent of merged mode's cost above the floor in {name}, {span}",
-                "Measured": f"{part['exponent'].iloc[0]:.2f} (operations alone: {-1 if name == 'N' else 1})",
-            }
+            (
+                f"exponent in {name} ({part[varied].min()} to {part[varied].max()}) of what merged mode adds to the floor",
+                f"{part['exponent'].iloc[0]:.2f} (operations alone: {expected})",
+            )
         )
     for row in tables["loading"].to_dict("records"):
         lines.append(
-            {
-                "Measure": f"loading and merging N = {row['num_blocks']} ({row['adapter_mib']:,.0f} MiB) "
-                f"into a model of {row['parameters'] / 1e9:.2f}B ({row['model_mib']:,.0f} MiB)",
-                "Measured": f"{row['load_seconds'] + row['merge_seconds']:.2f} s; over reading and writing the adapter's bytes "
-                f"{row['over_adapter']:.2f}, the model's {row['over_model']:.2f}",
-            }
+            (
+                f"loading and merging N = {row['num_blocks']} ({row['adapter_mib']:,.0f} MiB) into "
+                f"{row['parameters'] / 1e9:.1f}B parameters ({row['model_mib']:,.0f} MiB)",
+                f"{row['load_seconds'] + row['merge_seconds']:.2f} s, {row['over_adapter']:.2f} of reading and "
+                f"writing the adapter's bytes, {row['over_model']:.3f} of the model's",
+            )
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=["Measure", "Measured"])
 
 
 def step_table(summary: pd.DataFrame) -> Table:

@@ -76,7 +76,7 @@ def test_aims_are_met_by_medians_and_sums(saved):
     assert lines.loc["memory, diablo beside floor + inputs + 6 x trainable", "Asked (at most)"] == "151.1 MiB"
     times, contenders = read_steps(saved)
     times.loc[times["method"] == "DiaBlo N=64", "seconds"] *= 1.02
-    lines = aims(times, contenders.assign(static_mib=contenders["static_mib"] + [0, 1, 0, 0])).set_index("Measure")
+    lines = aims(times, contenders.assign(static_mib=contenders["static_mib"] + [0, 2, 0, 0])).set_index("Measure")
     assert set(lines["Met"].drop(["step, diablo over lora", "step, diablo over einsum"])) == {"no"}
 
 
@@ -84,17 +84,18 @@ def test_side_measures_in_words(tmp_path):
     kernel = {"m1": 8, "m2": 4, "num_blocks": 2, "smallest": 0.5, "largest": 1.2}
     rows = [kernel | {"kernel": "product", "ratio": ratio} for ratio in (0.6, 0.9, 1.1)]
     pd.DataFrame(rows).to_csv(tmp_path / "kernels.csv", index=False)
-    with pytest.raises(ResultsError, match="growth.csv cannot be read .*bench --growth"):
+    with pytest.raises(ResultsError, match=r"growth\.csv cannot be read .*bench --growth"):
         side_measures(tmp_path)
     growth = [{"varied": "num_blocks", "num_blocks": n, "tokens": 512, "exponent": -0.91} for n in (1, 4)]
+    growth += [row | {"varied": "tokens", "exponent": 0.8} for row in growth]
     pd.DataFrame(growth).to_csv(tmp_path / "growth.csv", index=False)
     loading = {"num_blocks": 64, "adapter_mib": 40.0, "parameters": 1.2e9, "model_mib": 2400.0}
     loading |= {"load_seconds": 0.2, "merge_seconds": 0.1, "over_adapter": 4.0, "over_model": 0.1}
     pd.DataFrame([loading]).to_csv(tmp_path / "loading.csv", index=False)
     said = side_measures(tmp_path)["Measured"].tolist()
-    assert said[0] == "0.90 (best 0.60, worst 1.10 at 8 x 4, N = 2, whose rounds gave 0.50 to 1.20)"
+    assert said[0] == "median 0.90, best 0.60, worst 1.10 (8 x 4, N = 2; its rounds: 0.50 to 1.20)"
     assert said[1] == "-0.91 (operations alone: -1)"
-    assert said[2] == "0.30 s; over reading and writing the adapter's bytes 4.00, the model's 0.10"
+    assert said[3] == "0.30 s, 4.00 of reading and writing the adapter's bytes, 0.100 of the model's"
 
 
 @pytest.mark.parametrize("damage", ["missing", "columns", "bytes"])
