@@ -174,7 +174,7 @@ def side_measures(folder: Path) -> pd.DataFrame:
         part = tables["growth"][tables["growth"]["varied"] == varied]
         lines.append(
             (
-                f"exponent in {name} ({part[varied].min()} to {part[varied].max()}) of what merged mode adds to the floor",
+                f"exponent in {name} ({part[varied].min()} to {part[varied].max()}) of merged mode's extra time",
                 f"{part['exponent'].iloc[0]:.2f} (operations alone: {expected})",
             )
         )
