@@ -40,10 +40,11 @@ def loading(
 
     Returns:
         One row for each N: num_blocks, parameters (of the model), model_mib, adapter_mib (file), load_seconds
-        (``PeftModel.from_pretrained``), merge_seconds (``merge_and_unload``), adapter_seconds (reading the adapter's
-        file and writing its bytes to another), over_adapter (loading and merging as a ratio to that), all medians
-        over the rounds; model_seconds (the same of all the model's bytes, once, at the end) and over_model. Files come
-        from and go to the system's file cache, as they do for a file that was just fetched.
+        (``PeftModel.from_pretrained`` with ``low_cpu_mem_usage``), merge_seconds (``merge_and_unload``),
+        adapter_seconds (reading the adapter's file and writing its bytes to another), over_adapter (loading and
+        merging as a ratio to that), all medians over the rounds; model_seconds (the same of all the model's bytes,
+        once, at the end) and over_model. Files come from and go to the system's file cache, as they do for a file that
+        was just fetched.
     """
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(llama_config(shape, layers, 32)).to(dtype)
@@ -66,7 +67,7 @@ def loading(
             times = []
             for _ in range(rounds + 1):
                 began = time.perf_counter()
-                adapted = PeftModel.from_pretrained(model, folder / str(count))
+                adapted = PeftModel.from_pretrained(model, folder / str(count), low_cpu_mem_usage=True)
                 loaded = time.perf_counter()
                 model = adapted.merge_and_unload()
                 merged = time.perf_counter()

@@ -119,12 +119,13 @@ class BlockWriter:
     def inside(
         self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the entries of a weight that D covers, beside the parts of D that go there."""
-        blocks, tail = parts
-        block_views, tail_view = layout.views(data if self.inputs_first else data.T)
-        if tail is None or tail_view is None:
-            return [block_views], [blocks]
-        return [block_views, tail_view], [blocks, tail]
+        """Views of the entries of a weight that D covers, beside the parts of D that go there, as the weight lies."""
+        places = [view for view in layout.views(data if self.inputs_first else data.T) if view is not None]
+        changes = [part for part in parts if part is not None]
+        if self.inputs_first:
+            return places, changes
+        # Rows of the weight are columns of D: torch is several times faster along the rows of what it writes.
+        return [place.mT for place in places], [change.mT for change in changes]
 
     def _factor(self, data: Tensor, back: bool) -> Tensor:
         # F.linear multiplies by the transpose of what it is given.
