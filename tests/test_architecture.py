@@ -21,7 +21,7 @@ ALLOWED = {
     "theory": GROUND,
     "methods": {"blocks", "errors", "tuner"},
     "finetune": GROUND | {"methods", "provenance"},
-    "bench": {"blocks", "ops", "methods", "finetune"},
+    "bench": {"blocks", "ops", "methods", "finetune", "tuner"},
     "speed": {"blocks", "provenance", "theory"},
     "diagnose": {"errors", "finetune", "theory"},
     "reporting": {"errors", "files"},
