@@ -1,5 +1,7 @@
 """The compiled kernels compute what plain torch computes, touch nothing else, and are done without where need be."""
 
+import os
+import platform
 import subprocess
 import sys
 
@@ -232,3 +234,16 @@ def test_library_is_built_once_and_again_if_it_is_damaged(tmp_path, monkeypatch)
     damaged.write_bytes(b"not a library")
     assert compiled._library.__wrapped__()[0] is not None
     assert damaged.stat().st_size == file.stat().st_size
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
+def test_processors_with_shorter_vectors_compute_the_same(level, tmp_path):
+    if platform.machine() != "x86_64":
+        pytest.skip("names of another architecture")
+    environment = {**os.environ, "CXXFLAGS": f"-march={level}", "DIABLO_THEORY_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert " skipped" not in ended.stdout

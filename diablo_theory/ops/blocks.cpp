@@ -12,7 +12,16 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;  // floats of a vector; the compiler splits it where registers are shorter
+// Floats of a vector, and how many vectors the CPU has registers for.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 16;
+#endif
 constexpr int64_t TOKENS = 12; // of a tile: as many rows as a first cache can hold where they lie a power of two apart
 constexpr int64_t FEW = 4096;  // entries that one thread writes faster than it wakes others
 
@@ -55,7 +64,8 @@ template <class Work> void in_portions(int64_t rows, const Tile &tile, const Wor
     const int64_t n = vectors(tile.d2);
     for (int64_t j = 0; j < n; j += 3)
         dispatch<3>(std::min<int64_t>(3, n - j), [&](auto J) {
-            constexpr int most = decltype(J)::value == 3 ? 9 : 12;
+            constexpr int64_t width = decltype(J)::value; // beside the sums, a row of y and one number of x
+            constexpr int most = std::min<int64_t>(12, (REGISTERS - width - 1) / width);
             const int64_t portions = (rows + most - 1) / most;
             const int64_t rounds = portions * ((n + 2) / 3), round = portions * (j / 3);
             for (int64_t p = 0; p < portions; p++) {
@@ -83,7 +93,8 @@ void accumulate(const Tile &tile, const float *x, const float *y, float *sums, i
 // Writes the first `valid` numbers of a vector, or adds them where `add`; `room` says how many numbers may be touched.
 void put(float *to, vec sum, int64_t valid, int64_t room, bool add) {
     if (room >= LANES) {
-        const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        ivec lane;
+        for (int64_t c = 0; c < LANES; c++) lane[c] = c;
         const ivec chosen = lane < (int32_t)std::min(valid, LANES);
         const vec old = *(vec *)to;
         *(vec *)to = chosen ? (add ? old + sum : sum) : old;

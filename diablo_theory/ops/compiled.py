@@ -25,10 +25,11 @@ from diablo_theory.files import atomic_path, cache_folder
 
 SOURCE = Path(__file__).with_name("blocks.cpp")
 SWITCH = "DIABLO_THEORY_COMPILED"
+#: What CXXFLAGS in the environment says comes behind these, and so prevails.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 #: Seconds after which a compiler is given up; it needs one.
 PATIENCE = 120
-#: Floats of a vector in blocks.cpp.
+#: The most floats of a vector in blocks.cpp, whatever the CPU.
 LANES = 16
 #: Blocks with a shorter side than this are faster here than as a batched product, by measurement: at the sizes of
 #: language models a third to two thirds of the time where x comes from memory, as it does in training.
@@ -198,17 +199,17 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 def _load() -> ctypes.CDLL:
     if os.environ.get(SWITCH, "1") == "0":
         raise _UnavailableError(f"{SWITCH}=0")
-    compiler = _compiler()
+    command = [*_compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     # The file's name holds all that its content depends on, the instructions of this CPU included.
-    macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256("\n".join([*compiler, *FLAGS, macros, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256("\n".join([*command, macros, SOURCE.read_text()]).encode()).hexdigest()[:16]
     file = cache_folder() / "compiled" / f"blocks-{key}.so"
     try:
         try:
             library = ctypes.CDLL(str(file))
         except OSError:  # not there, or damaged
             with atomic_path(file) as aside:
-                _run([*compiler, *FLAGS, str(SOURCE), "-o", str(aside)])
+                _run([*command, str(SOURCE), "-o", str(aside)])
             library = ctypes.CDLL(str(file))
     except OSError as error:
         raise _UnavailableError(f"{file}: {error.strerror or error}") from None

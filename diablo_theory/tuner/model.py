@@ -6,7 +6,8 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -84,6 +85,16 @@ class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             del self._owners
             self.targeted_module_names = list(dict.fromkeys([*earlier, *matched]))
         _warn_unmatched(config, matched)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """peft asks this what a forward pass's special arguments need; what it would drop silently is refused here."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: DiaBlo applies the same active adapters to the whole batch; choose them with set_adapter "
+                "and run one batch for each"
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: DiaBloConfig, model_config: dict[str, Any]) -> DiaBloConfig:
         saved, here = peft_config.base_model_name_or_path, model_config.get("_name_or_path")

@@ -309,3 +309,82 @@ def test_an_input_of_another_dtype_is_an_error_as_in_the_base_layer(mode, bias):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for x in (torch.randn(3, 10), torch.randn(3, 10).bfloat16()):
             assert model(x).dtype == torch.bfloat16
+
+
+def test_disabling_within_disabling():
+    model, expected, inputs = adapt()
+    randomise(model)
+    changed = output(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), expected)
+        with model.disable_adapter():
+            assert torch.equal(output(model, inputs), expected)
+    assert torch.equal(output(model, inputs), changed)
+    assert {p.requires_grad for n, p in model.named_parameters() if "diablo_" in n} == {True}
+
+
+def test_layers_that_were_switched_one_by_one_are_told_as_irregular():
+    model, _, _ = adapt()
+    model.add_adapter("second", DiaBloConfig(num_blocks=6, target_modules=["q_proj", "v_proj"]))
+    first, *_ = layers_of(model)
+    first.enable_adapters(False)
+    assert model.get_model_status().enabled == "irregular"
+    first.enable_adapters(True)
+    first.set_adapter("second")
+    assert model.get_model_status().active_adapters == "irregular"
+
+
+def test_names_that_are_parts_of_each_other_are_kept_apart(tmp_path):
+    model, expected, inputs = adapt()
+    for name in ("def", "default.more", "other_default"):
+        if "." in name:
+            with pytest.raises((KeyError, ValueError), match=r"\."):
+                model.add_adapter(name, DiaBloConfig(num_blocks=3, target_modules=["q_proj"]))
+            continue
+        model.add_adapter(name, DiaBloConfig(num_blocks=3, target_modules=["q_proj"], init_weights=False))
+    before = output(model, inputs)
+    assert torch.equal(before, expected)  # "default" is active, and zero
+    model.save_pretrained(tmp_path, selected_adapters=["def"])
+    model.set_adapter("def")
+    saved = output(model, inputs)
+    model.delete_adapter("other_default")
+    assert torch.equal(output(model, inputs), saved)
+    again = PeftModel.from_pretrained(llama(), tmp_path / "def").eval()
+    assert torch.equal(output(again, inputs), saved)
+
+
+def test_injection_from_a_state_dict_finds_the_layers_by_their_keys():
+    model, _, inputs = adapt()
+    randomise(model)
+    changed = output(model, inputs)
+    state = {key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(model).items()}
+    config = DiaBloConfig(num_blocks=3, target_modules=["down_proj"])  # the keys are what counts
+    again = inject_adapter_in_model(config, llama(), state_dict=state).eval()
+    set_peft_model_state_dict(again, state)
+    assert torch.equal(output(again, inputs), changed)
+
+
+def test_loading_leaves_the_dictionary_as_it_was():
+    model, _, _ = adapt()
+    state = get_peft_model_state_dict(model)
+    before = {key: value.clone() for key, value in state.items()}
+    set_peft_model_state_dict(model, state)
+    assert state.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+def test_adapters_in_one_batch_are_refused_with_a_reason():
+    model, _, _ = adapt()
+    with pytest.raises(ValueError, match="adapter_names: DiaBlo applies the same active adapters to the whole batch"):
+        model(input_ids=IDS, adapter_names=["default"] * len(IDS))
+
+
+@pytest.mark.parametrize("order", [["default", "second"], ["second", "default"]])
+def test_merging_in_turn_and_at_once_agree(order):
+    model, _, inputs = adapt()
+    model.add_adapter("second", DiaBloConfig(num_blocks=6, target_modules=["q_proj", "down_proj"]))
+    randomise(model)
+    at_once = copy.deepcopy(model).merge_and_unload(adapter_names=order)
+    for name in order:
+        model.merge_adapter([name])
+    torch.testing.assert_close(output(model, inputs), output(at_once, inputs), rtol=1e-5, atol=1e-5)
