@@ -88,11 +88,11 @@ class DiaBloModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """peft asks this what a forward pass's special arguments need; what it would drop silently is refused here."""
+        """Called by peft for a forward pass's special arguments; what it would drop silently is refused here."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "adapter_names: DiaBlo applies the same active adapters to the whole batch; choose them with set_adapter "
-                "and run one batch for each"
+                "adapter_names: DiaBlo applies the same active adapters to the whole batch; choose them with "
+                "set_adapter and run one batch for each"
             )
         yield
 
