@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from test_blocks import layouts
 
 from diablo_theory.blocks import BlockLayout
-from diablo_theory.ops import additive, block_product
+from diablo_theory.ops import additive, block_gradient, block_product
 from diablo_theory.theory.tolerances import tolerance
 
 GRADIENT = tolerance("gradient").value
@@ -87,3 +87,15 @@ def test_shapes_that_do_not_fit_are_named():
         block_product(x, blocks, None, layout)
     with pytest.raises(ValueError, match=r"blocks must have shape"):
         block_product(x, blocks[:1], tail, layout)
+
+
+def test_tensors_that_do_not_fit_each_other_are_named():
+    layout = BlockLayout(6, 8, 2)
+    x, blocks = torch.zeros(5, 6), torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"g must have shape \(5, 8\), got \(5, 7\)"):
+        block_gradient(x, torch.zeros(5, 7), layout)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"base_output must have shape \(5, 8\), got \(5, 7\)"):
+            additive(torch.zeros(5, 7), x, blocks, None, layout, overwrite=overwrite)
+        with pytest.raises(ValueError, match="blocks must have shape"):
+            additive(torch.zeros(5, 8), x, torch.zeros(2, 3, 3), None, layout, overwrite=overwrite)

@@ -28,7 +28,7 @@ POOL = 64 * 2**20
 Inputs = Sequence[tuple[Tensor, Tensor]]
 
 
-def block_counts(m1: int, m2: int) -> list[int]:
+def some_block_counts(m1: int, m2: int) -> list[int]:
     """Powers of four from 1, one ragged N, and min(m1, m2)."""
     most = min(m1, m2)
     powers = [4**i for i in range(int(math.log(most, 4)) + 1)]
@@ -85,7 +85,7 @@ def compare_kernels(
             )
             for _ in range(copies)
         ]
-        for num_blocks in block_counts(m1, m2):
+        for num_blocks in some_block_counts(m1, m2):
             for kernel, (ours, einsum) in _pairs(pool, BlockLayout(m1, m2, num_blocks)).items():
                 ratios, seconds = _paired_ratio(ours, einsum, rounds)
                 rows.append(

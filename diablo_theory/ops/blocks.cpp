@@ -231,11 +231,10 @@ int diablo_gradient(const float *x, int64_t x_row, const float *y, int64_t y_row
 // Entry (i, j) of block b of a weight lies at weight[b * step + i * input + j * output]; blocks is contiguous,
 // (k, d1, d2).
 
-// Copies the entries, adds the blocks to them and leaves the copy in *slot. Returns 0; 1 where memory ran out and 2 where
-// there is a copy already, and nothing was done.
+// Copies the entries, adds the blocks to them and leaves the copy in *slot, which is empty. Returns 0, or 1 where memory
+// ran out and nothing was done.
 int diablo_write(float *weight, int64_t step, int64_t input, int64_t output, int64_t k, int64_t d1, int64_t d2,
                  const float *blocks, float **slot) {
-    if (*slot) return 2;
     float *const kept = (float *)std::malloc(k * d1 * d2 * sizeof(float));
     if (!kept) return 1;
     each_entry(step, input, output, k, d1, d2, [=](int64_t place, int64_t block, int64_t keep) {

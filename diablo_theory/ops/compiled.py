@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from diablo_theory.files import atomic_path, cache_folder
 
 SOURCE = Path(__file__).with_name("blocks.cpp")
 SWITCH = "DIABLO_THEORY_COMPILED"
-#: What CXXFLAGS in the environment says comes behind these, and so prevails.
+#: What this says in the environment comes behind FLAGS, and so prevails.
+MORE_FLAGS = "DIABLO_THEORY_CXXFLAGS"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 #: Seconds after which a compiler is given up; it needs one.
 PATIENCE = 120
@@ -39,8 +41,6 @@ FAR = 2**19
 
 #: Subclasses of Tensor (fake or distributed ones) need not have their numbers where data_ptr points.
 PLAIN = (Tensor, torch.nn.Parameter)
-#: Why nothing was written.
-REFUSALS = {1: "no memory for a copy of what the blocks cover", 2: "a product within a product with the same weight"}
 #: A function in C and its arguments.
 Write = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -78,11 +78,9 @@ def product(x: Tensor, blocks: Tensor, out: Tensor, *, add: bool) -> bool:
     k, d1, d2 = blocks.shape
     if d1 == 1 or not _worthwhile(x.shape[0], k, d1, d2):
         return False
-    if blocks.dtype is not torch.float32 or type(blocks) not in PLAIN:
+    if not (_rows(x, k * d1) and _rows(out, k * d2) and out.shape[0] == x.shape[0] and _readable(blocks)):
         return False
-    if not (_readable(x, k * d1) and _readable(out, k * d2)):
-        return False
-    library, _ = _library()
+    library = _usable()
     return library is not None and not library.diablo_product(
         *(x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), out.shape[1], x.shape[0]),
         *(blocks.data_ptr(), *blocks.stride(), k, d1, d2, add),
@@ -105,9 +103,9 @@ def gradient(x: Tensor, g: Tensor, k: int, d1: int, d2: int) -> Tensor | None:
     """
     if not _worthwhile(x.shape[0], k, d1, d2) or g.stride(0) < LANES:
         return None
-    if not (_readable(x, k * d1) and _readable(g, k * d2)):
+    if not (_rows(x, k * d1) and _rows(g, k * d2) and g.shape[0] == x.shape[0]):
         return None
-    library, _ = _library()
+    library = _usable()
     if library is None:
         return None
     if 3 * _vectors(d1) * d2 < 2 * _vectors(d2) * d1:  # the other side fills vectors much better
@@ -127,8 +125,8 @@ class Swap:
     Valid for as long as :func:`whereabouts` of the two stays what it was.
 
     Attributes:
-        write: Function and arguments; copies what is there first. Returns 0, or an entry of :data:`REFUSALS`, having
-            done nothing.
+        write: Function and arguments; copies what is there first. Returns 0, or 1 where there was no memory for the
+            copy and nothing was done.
         restore: Function and arguments; bit for bit, and nothing where nothing was written.
     """
 
@@ -154,19 +152,21 @@ def swap(weight: Tensor, inputs_first: bool, blocks: Tensor) -> Swap | None:
     Returns:
         None where the compiled functions do not apply.
     """
-    if not (
-        weight.dtype is torch.float32 and blocks.dtype is torch.float32 and weight.is_cpu and blocks.is_contiguous()
-    ):
+    # Contiguous in one order or the other: an expanded weight holds several entries in one place.
+    dense = weight.is_contiguous() or weight.T.is_contiguous()
+    if not (dense and _readable(weight) and _readable(blocks) and blocks.is_contiguous()):
         return None
-    library, _ = _library()
+    library = _usable()
     return None if library is None else Swap(library, weight, inputs_first, blocks)
 
 
 def whereabouts(weight: Tensor, blocks: Tensor) -> tuple[Any, ...]:
     """All that a :class:`Swap` depends on; cheap, because it is asked for in every product."""
     return (
-        *(weight.data_ptr(), weight.is_cpu, weight.dtype, weight.shape, weight.stride()),
-        *(blocks.data_ptr(), blocks.dtype, blocks.shape, blocks.stride()),
+        *(weight.data_ptr(), weight.is_cpu, weight.is_neg(), weight.dtype, weight.shape, weight.stride()),
+        *(blocks.data_ptr(), blocks.is_cpu, blocks.is_neg(), blocks.dtype, blocks.shape, blocks.stride()),
+        # Whoever looks on (a tracer, a counter of operations) sees operations of torch only.
+        is_in_torch_dispatch_mode(),
     )
 
 
@@ -174,14 +174,24 @@ def _worthwhile(tokens: int, k: int, d1: int, d2: int) -> bool:
     return max(d1, d2) > 1 and min(d1, d2) < SHORT and tokens * k * (d1 + d2) >= FAR
 
 
-def _readable(rows: Tensor, columns: int) -> bool:
+def _rows(rows: Tensor, columns: int) -> bool:
+    return rows.shape[1] >= columns and rows.stride(1) == 1 and rows.stride(0) >= 0 and _readable(rows)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the numbers lie in memory as they are meant: no views that negate, zeros without memory, batches."""
     return (
-        rows.dtype is torch.float32
-        and type(rows) in PLAIN
-        and rows.is_cpu
-        and rows.shape[1] >= columns
-        and rows.stride(1) == 1
+        tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and type(tensor) in PLAIN
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        and torch._C._has_storage(tensor)
     )
+
+
+def _usable() -> ctypes.CDLL | None:
+    return None if is_in_torch_dispatch_mode() else _library()[0]
 
 
 def _vectors(size: int) -> int:
@@ -194,12 +204,14 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return _load(), ""
     except _UnavailableError as reason:
         return None, str(reason)
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # a file, a home folder, a quote is missing
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _load() -> ctypes.CDLL:
     if os.environ.get(SWITCH, "1") == "0":
         raise _UnavailableError(f"{SWITCH}=0")
-    command = [*_compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    command = [*_compiler(), *FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
     # The file's name holds all that its content depends on, the instructions of this CPU included.
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256("\n".join([*command, macros, SOURCE.read_text()]).encode()).hexdigest()[:16]

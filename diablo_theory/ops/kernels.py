@@ -28,6 +28,9 @@ def product(
     Returns:
         ``into``, or the new tensor of that shape.
     """
+    if _autocasts(rows):
+        with torch.autocast(rows.device.type, enabled=False):
+            return product(rows, blocks, tail, layout, into)
     k, d1, d2 = blocks.shape
     if into is None and d2 == 1 < d1 and k == layout.out_features:
         # einsum knows an order of axes in which one column a block needs no copy.
@@ -66,6 +69,9 @@ def gradient(x: Tensor, g: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor 
     Returns:
         The complete blocks, shape (k, d1, d2), any strides, and the tail or None.
     """
+    if _autocasts(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return gradient(x, g, layout)
     k, d1, d2 = layout.complete, layout.block_rows, layout.block_cols
     blocks = compiled.gradient(x, g, k, d1, d2)
     if blocks is None and d1 == d2 == 1:
@@ -76,6 +82,11 @@ def gradient(x: Tensor, g: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor 
         blocks = torch.bmm(gs.mT, xs).mT if d1 > d2 else torch.bmm(xs.mT, gs)
     tail = x[:, layout.rows(k)].T @ g[:, layout.cols(k)] if layout.tail else None
     return blocks, tail
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Callers have chosen the dtype; autocast would choose again in some formulations and not in others."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _groups(rows: Tensor, k: int, size: int) -> Tensor:

@@ -55,9 +55,14 @@ def block_gradient(
     Returns:
         The complete blocks, shape (k, d1, d2), and the tail or None.
 
+    Raises:
+        ValueError: If a shape does not fit the layout, or g not x.
+
     Source: arXiv 2506.03230v2, section 3 (grad D_i = X_i^T g_{Y_i}).
     """
     _check_features(x, layout)
+    if g.shape != (*x.shape[:-1], layout.out_features):
+        raise ValueError(f"g must have shape {(*x.shape[:-1], layout.out_features)}, got {tuple(g.shape)}")
     blocks, tail = _Gradient.apply(rows_of(x), rows_of(g), layout)
     return blocks, tail
 
@@ -83,11 +88,21 @@ def additive(
 
     Returns:
         Shape (..., m2), the dtype of ``base_output``.
+
+    Raises:
+        ValueError: If a shape does not fit the layout.
     """
     blocks, tail = blocks.to(x.dtype), None if tail is None else tail.to(x.dtype)
     if torch.compiler.is_compiling():  # plain operations, which the compiler fuses; it cannot look into a Function
         return base_output + _plain_product(x, blocks, tail, layout).to(base_output.dtype)
-    if overwrite and base_output.dtype == x.dtype and base_output.is_contiguous():
+    if base_output.shape != (*x.shape[:-1], layout.out_features):
+        raise ValueError(
+            f"base_output must have shape {(*x.shape[:-1], layout.out_features)}, got {tuple(base_output.shape)}"
+        )
+    # A view (what nn.Linear makes with a bias of several dimensions) costs autograd more than it saves here.
+    if overwrite and base_output.dtype == x.dtype and base_output.is_contiguous() and not base_output._is_view():
+        layout.check(blocks, tail)
+        _check_features(x, layout)
         return _Additive.apply(base_output, x, blocks, tail, layout)
     return base_output + block_product(x, blocks, tail, layout).to(base_output.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def merged(
 
     The weight holds W0 at every moment but inside the two products (this one, and the input gradient's in the backward
     pass); its blocks are put back from a copy, bit for bit, also when the product raises or is interrupted. Nothing
-    outside can therefore see a changed weight, and other users of the same weight are not disturbed. Writing the
+    in this thread can therefore see a changed weight; see :class:`BlockWriter` for others. Writing the
     blocks moves m1 m2 / N numbers, against (tokens) m1 m2 multiplications.
 
     Where the product is computed in another dtype than the weight's (autocast), a cast copy is written into instead.
@@ -45,13 +46,26 @@ def merged(
 
     Returns:
         Shape (..., m2), the dtype of x.
+
+    Raises:
+        ValueError: If the weight is trainable, or blocks or weight do not fit the layout.
     """
+    if weight.requires_grad:
+        raise ValueError("weight must be frozen: merged mode computes no gradient for it")
     out: Tensor = _Merged.apply(x, weight, bias, blocks, tail, layout, writer)
     return out
 
 
+#: Address of a weight's memory to the lock of all that write there, for as long as one of them lives.
+_LOCKS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
 class BlockWriter:
-    """Writes blocks into one weight for the time of one product; copies and pickles get a lock of their own.
+    """Writes blocks into a weight for the time of one product.
+
+    Writers of the same memory take turns, also from several threads. Whoever reads the weight without a writer, in
+    another thread or on another stream of a GPU, may meet W0 + D.
 
     Args:
         inputs_first: The weight is stored inputs by outputs (transformers' ``Conv1D``), not as ``nn.Linear`` does.
@@ -59,8 +73,7 @@ class BlockWriter:
 
     def __init__(self, inputs_first: bool = False) -> None:
         self.inputs_first = inputs_first
-        #: Held while the weight is changed, so that other threads never compute with a weight that is half-way.
-        self.lock = threading.RLock()
+        self._lock: tuple[int, Any] = (-1, None)
         #: Where weight and blocks were last, and what was prepared for that: one attribute, so that no interrupt can
         #: come between the two.
         self._prepared: tuple[tuple[Any, ...], compiled.Swap | None] = ((), None)
@@ -68,9 +81,17 @@ class BlockWriter:
     def __reduce__(self) -> tuple[type[BlockWriter], tuple[bool]]:
         return BlockWriter, (self.inputs_first,)
 
+    def lock(self, weight: Tensor) -> Any:
+        """What is held while this weight is changed, so that nobody else computes with a weight that is half-way."""
+        place = weight.untyped_storage().data_ptr() if type(weight) in compiled.PLAIN else id(weight)
+        if self._lock[0] != place:
+            with _LOCKS_LOCK:
+                self._lock = place, _LOCKS.setdefault(place, threading.RLock())
+        return self._lock[1]
+
     def product(
         self,
-        rows: Tensor,
+        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         parts: tuple[Tensor, Tensor | None],
@@ -78,32 +99,38 @@ class BlockWriter:
         *,
         back: bool,
     ) -> Tensor:
-        """``rows (W0 + D) + bias``, or with ``back`` ``rows (W0 + D)^T``; the weight is as before afterwards.
+        """``x (W0 + D) + bias``, or with ``back`` ``x (W0 + D)^T``; the weight is as before afterwards.
 
         Raises:
             MemoryError: If there is no room for a copy of what the blocks cover.
+            RuntimeError: If this thread is inside a product with this weight already (from a signal handler).
         """
         # .data: these writes are undone before anybody can look, so autograd must not count them as changes of W0.
         data = weight.data
-        if weight.dtype is not rows.dtype:
-            return linear(rows, self._factor(self._cast(data, parts, layout, rows.dtype), back), bias)
+        if weight.dtype is not x.dtype:
+            return linear(x, self._factor(self._cast(data, parts, layout, x.dtype), back), bias)
         factor = self._factor(data, back)
-        with self.lock:
+        lock = self.lock(weight)
+        if lock._is_owned():
+            raise RuntimeError("a product within a product with the same weight, which holds the blocks already")
+        with lock:
             # An exception (Ctrl-C too) is raised between two calls into C, never inside one; the first call that
             # follows it is the one that restores.
-            (write, written), (restore, restored) = self._swap(data, parts, layout)
+            _alive, (write, written), (restore, restored) = self._swap(data, parts, layout)
             try:
-                if refusal := write(*written):
-                    raise MemoryError(compiled.REFUSALS[refusal])
-                return linear(rows, factor, bias)
+                if write(*written):
+                    raise MemoryError("no room for a copy of what the blocks cover")
+                return linear(x, factor, bias)
             finally:
                 restore(*restored)
 
     def _swap(
         self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout
-    ) -> tuple[compiled.Write, compiled.Write]:
-        """How to write, and how to put back, each as one function in C and its arguments."""
+    ) -> tuple[object, compiled.Write, compiled.Write]:
+        """How to write, and how to put back, each as one function in C with its arguments; behind what they need."""
         blocks, tail = parts
+        if blocks.device != data.device:
+            raise ValueError(f"blocks must be where the weight is, on {data.device}, got {blocks.device}")
         if tail is None:
             here = compiled.whereabouts(data, blocks)
             if here != self._prepared[0]:
@@ -111,10 +138,10 @@ class BlockWriter:
                 layout.views(data if self.inputs_first else data.T)  # the weight's shape too is checked
                 self._prepared = here, compiled.swap(data, self.inputs_first, blocks)
             if swap := self._prepared[1]:
-                return swap.write, swap.restore
+                return swap, swap.write, swap.restore
         inside, change = self.inside(data, parts, layout)
         kept = [place.clone() for place in inside]
-        return (_add, (inside, change)), (torch._foreach_copy_, (inside, kept))
+        return kept, (_add, (inside, change)), (torch._foreach_copy_, (inside, kept))
 
     def inside(
         self, data: Tensor, parts: tuple[Tensor, Tensor | None], layout: BlockLayout

@@ -48,7 +48,7 @@ class Merging(nn.Module):
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.diablo_layout:
                 self.check_mergeable([name])
-                with self._writer.lock:
+                with self._writer.lock(self.base_layer.weight):
                     self._merge_quantised(name) if self.quantization_backend else self._merge(name)
 
     def unmerge(self) -> None:
@@ -56,7 +56,7 @@ class Merging(nn.Module):
         if not self._undo:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with self._writer.lock:
+        with self._writer.lock(self.base_layer.weight):
             while self._undo:
                 self._put_back()
 
@@ -100,6 +100,7 @@ class Merging(nn.Module):
         done = len(self._undo)
         try:  # interrupted anywhere, the weight and the record of it agree
             torch._foreach_add_(inside, parts)
+            torch.autograd.graph.increment_version(self.base_layer.weight)  # for graphs that have saved it
             self._undo.append((name, kept))
         except BaseException:
             torch._foreach_copy_(inside, kept)
@@ -118,11 +119,12 @@ class Merging(nn.Module):
         kept = Kept(self.base_layer)
         before, delta, merged = self._requantisable(name)
         norm = torch.linalg.vector_norm(delta, dtype=torch.float64)
-        done = len(self._undo)
-        self._undo.append((name, kept))
         if norm == 0:  # rounding the weight again would change it for nothing
+            self._undo.append((name, kept))
             return
+        done = len(self._undo)
         try:  # interrupted anywhere, the weight and the record of it agree
+            self._undo.append((name, kept))
             missed = write(self, merged, kept) - before - delta
         except BaseException:
             self.base_layer = kept.layer
@@ -147,8 +149,12 @@ class Merging(nn.Module):
         inside, _ = self._inside(name)
         try:
             torch._foreach_copy_(inside, kept)
-        finally:
+        except BaseException:
+            torch._foreach_copy_(inside, kept)  # done already, if it was an interrupt; if not, the record stays
             self._undo.pop()
+            raise
+        self._undo.pop()
+        torch.autograd.graph.increment_version(self.base_layer.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """What was kept aside for :meth:`unmerge` follows the weight to its device and dtype."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 
@@ -30,6 +31,8 @@ def why_not_plain(base: nn.Module) -> str | None:
     """Why somebody may be watching what a base layer returns, or returning something else; None where nobody is."""
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return "the base layer has hooks, which must see its own output"
+    if _has_any_global_hook():
+        return "there are hooks on all modules, which must see the base layer's own output"
     if "forward" in base.__dict__:
         return "the base layer's forward method was replaced (offloading, for example)"
     return None

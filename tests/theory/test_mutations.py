@@ -99,8 +99,8 @@ MUTANTS = [
     ),
     Mutant(
         "ops/writing.py",
-        "            try:\n                if refusal := write(*written):",
-        "            refusal = write(*written)\n            try:\n                if refusal:",
+        "            try:\n                if write(*written):",
+        "            failed = write(*written)\n            try:\n                if failed:",
         MERGED,
         "interrupts_at_a_thousand_moments",
         "an interrupt behind the writing leaves it",
@@ -112,6 +112,14 @@ MUTANTS = [
         MERGED,
         "weight_and_blocks_may_move",
         "blocks are written to where the weight once was",
+    ),
+    Mutant(
+        "ops/writing.py",
+        "_LOCKS.setdefault(place, threading.RLock())",
+        "threading.RLock()",
+        MERGED,
+        "over_one_weight_take_turns",
+        "every writer has a lock of its own",
     ),
     Mutant(
         "ops/compiled.py",

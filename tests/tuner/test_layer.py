@@ -304,3 +304,17 @@ def test_inputs_are_cast_to_the_adapters_dtype_unless_that_is_switched_off():
             layer(torch.randn(2, 12, dtype=torch.float64))
     copied = copy.deepcopy(additive)
     assert copied.cast_input_dtype_enabled
+
+
+def test_a_hook_on_all_modules_sees_the_base_layers_own_output():
+    layer = adapted(7, 5, 3, mode="auto", std=0.1)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.append(out) if module is layer.base_layer else None
+    )
+    try:
+        x = torch.randn(4, 7, dtype=torch.float64)
+        layer(x)
+    finally:
+        handle.remove()
+    assert torch.equal(seen[0], layer.base_layer(x))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from layers import SHAPES, adapted, dense, pair, rounding_bound, twin
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from diablo_theory import ops
@@ -117,6 +118,84 @@ def test_a_bfloat16_base_trains_small_changes_that_its_own_rounding_would_swallo
     assert torch.equal(layer.base_layer.weight, weight)
 
 
+def test_a_product_within_a_product_is_refused_and_harms_nothing(monkeypatch):
+    for dtype in (torch.float32, torch.float64):
+        layer, x = adapted(24, 36, 4, dtype=dtype, std=0.1), torch.randn(5, 24, dtype=dtype)
+        weight, expected, real = layer.base_layer.weight.clone(), layer(x).detach(), torch.nn.functional.linear
+
+        def nested(*args, layer=layer, x=x, real=real):
+            with pytest.raises(RuntimeError, match="a product within a product"):
+                layer(x)
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops.writing, "linear", nested)
+            assert torch.equal(layer(x), expected)
+        assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_layers_over_one_weight_take_turns_in_threads():
+    first, second = (adapted(64, 64, 8, dtype=torch.float32, std=0.1, seed=seed) for seed in (0, 1))
+    second.base_layer.weight = first.base_layer.weight
+    weight, x = first.base_layer.weight.clone(), torch.randn(40, 64)
+    expected = [layer(x).detach() for layer in (first, second)]
+    wrong = []
+
+    def work(layer, right):
+        wrong.extend(1 for _ in range(300) if not torch.equal(layer(x), right))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip((first, second), expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(first.base_layer.weight, weight)
+
+
+@pytest.mark.parametrize("change", ["merge", "unmerge"])
+def test_merging_between_forward_and_backward_is_noticed(change):
+    layer = adapted(24, 36, 4, std=0.1)
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    if change == "unmerge":
+        layer.merge()
+    before = layer(x).sum()
+    if change == "merge":
+        layer.merge()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.backward()
+    else:
+        layer.unmerge()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.backward()
+
+
+def test_a_trainable_weight_and_blocks_elsewhere_are_refused():
+    layer = adapted(24, 36, 4, dtype=torch.float32)
+    blocks, layout, weight = layer.diablo_blocks["default"], layer.diablo_layout["default"], torch.zeros(36, 24)
+    x, writer = torch.zeros(5, 24), ops.BlockWriter()
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        ops.merged(x, weight.requires_grad_(), None, blocks, None, layout, writer)
+    with pytest.raises(ValueError, match="blocks must be where the weight is, on cpu, got meta"):
+        ops.merged(x, weight.detach(), None, blocks.to("meta"), None, layout, writer)
+
+
+def test_an_expanded_weight_is_left_alone():
+    layer = adapted(24, 36, 4, dtype=torch.float32, std=0.1)
+    layer.base_layer.weight = nn.Parameter(torch.randn(36, 1).expand(36, 24), requires_grad=False)
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(5, 24))
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_a_tracer_sees_the_blocks():
+    layer = adapted(24, 36, 4, dtype=torch.float32, std=0.1)
+    x = torch.randn(5, 24)
+    graph = make_fx(lambda x: layer(x).detach())(x)
+    torch.testing.assert_close(graph(x), layer(x).detach())
+
+
 def test_weight_and_blocks_may_move_between_products():
     layer, dtype = adapted(24, 36, 4, dtype=torch.float32, std=0.1), torch.float32
     x = torch.randn(5, 24)
@@ -189,6 +268,23 @@ def test_interrupts_at_a_thousand_moments_leave_the_weight(dtype):
         signal.signal(signal.SIGALRM, before)
     assert hits > 300
     assert torch.equal(model(x), expected)
+
+
+def test_unmerging_that_fails_keeps_the_record(monkeypatch):
+    layer = adapted(24, 36, 4, std=0.1)
+    weight = layer.base_layer.weight.clone()
+    layer.merge()
+
+    def failing(*_):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", failing)
+        with pytest.raises(MemoryError):
+            layer.unmerge()
+    assert layer.merged
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight)
 
 
 def test_interrupts_while_merging_leave_weight_and_record_in_agreement():
