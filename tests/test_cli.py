@@ -378,3 +378,36 @@ def test_convert_there_and_back(shell, tmp_path, tiny_model):
     assert status == 1
     assert "is no DiaBlo adapter" in err
     assert not (tmp_path / "c.chkpt").exists()
+
+
+def test_convert_refuses_what_it_cannot_read_and_needs_no_tokenizer(shell, tmp_path, tiny_model):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from diablo_theory.tuner import DiaBloConfig
+
+    def saved(config, name):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(name)
+
+    saved(LoraConfig(r=2, target_modules=["q_proj"]), "lora")
+    for target in ("diablo", "chkpt"):
+        status, _, err = shell("convert", "lora", "there", "--to", target, "--model", tiny_model)
+        assert status == 1
+        assert "lora holds a LORA adapter: FROM must be a DiaBlo or SHiRA adapter" in " ".join(err.split())
+    (tmp_path / "empty").mkdir()
+    status, _, err = shell("convert", "empty", "there", "--to", "chkpt", "--model", tiny_model)
+    assert status == 1
+    assert "empty has no adapter_config.json" in err
+    saved(DiaBloConfig(num_blocks=5, target_modules=["q_proj"]), "diablo")
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=24, intermediate_size=20, num_attention_heads=2, num_hidden_layers=2, vocab_size=8)
+    ).save_pretrained("other")
+    status, _, err = shell("convert", "diablo", "there", "--to", "chkpt", "--model", "other")
+    assert status == 1
+    assert "diablo does not fit --model other: Error(s) in loading state_dict" in " ".join(err.split())
+    assert not (tmp_path / "there").exists()
+    # without a tokenizer, and without --model: the adapter's folder names its base
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained("bare")
+    saved_from = get_peft_model(AutoModelForCausalLM.from_pretrained("bare"), DiaBloConfig(num_blocks=5))
+    saved_from.save_pretrained("mine")
+    assert shell("convert", "mine", "there.chkpt", "--to", "chkpt")[0] == 0

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from diablo_theory.cli.common import app, console, options_checked, wrote
+from diablo_theory.errors import ConfigError
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
 @app.command()
@@ -25,8 +28,12 @@ def convert(
         typer.Option(help="With --to lora: its rank, or with a point (0.9) the share of each layer's energy to keep."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="The model that the adapter belongs to: a folder, a hub id, or the default.")
-    ] = "SmolLM2-135M-Instruct",
+        str | None,
+        typer.Option(
+            help="The model that the adapter belongs to: a folder or a hub id. Left out: what the adapter's folder "
+            f"names, or else {DEFAULT_MODEL}."
+        ),
+    ] = None,
 ) -> None:
     """Convert an adapter: from or to DiaBlo's authors' files, to LoRA, or from a SHiRA that is a DiaBlo.
 
@@ -43,15 +50,22 @@ def convert(
         raise typer.BadParameter(f"TO must not exist, and {target} does")
     from peft import get_peft_model_state_dict
 
-    from diablo_theory.finetune.models import load_model, loading
+    from diablo_theory.finetune.models import load_network, loading
     from diablo_theory.tuner import save_adapter, save_chkpt, to_lora
 
     with options_checked("--rank"):
         wanted = None if rank is None else float(rank) if "." in rank else int(rank)
+    with options_checked():
+        named = _named_base(source)
+    model = model or named or DEFAULT_MODEL
     with console.status(loading(model)):
-        base = load_model(model, "cpu").model
+        base = load_network(model)
     with console.status("converting"), options_checked():
-        adapted = _read(base, source)
+        try:
+            adapted = _read(base, source)
+        except RuntimeError as error:  # torch's list of parameters, one for each layer
+            first = str(error).strip().splitlines()[:2]
+            raise ConfigError(f"{source} does not fit --model {model}: {' '.join(map(str.strip, first))}") from None
         if to == "chkpt":
             save_chkpt(adapted, target)
         elif wanted is not None:
@@ -63,6 +77,24 @@ def convert(
             state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
             save_adapter(target, adapted.peft_config["default"], state)
     wrote([target])
+
+
+def _named_base(source: Path) -> str | None:
+    """The base model that an adapter's folder names, once the folder is known to hold what can be converted."""
+    from peft import PeftConfig
+
+    if source.is_file():
+        return None
+    if not (source / "adapter_config.json").is_file():
+        raise ConfigError(f"{source} has no adapter_config.json: FROM must be the folder of an adapter, or a file")
+    config = PeftConfig.from_pretrained(str(source))
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in ("DIABLO", "SHIRA"):
+        raise ConfigError(
+            f"{source} holds a {kind} adapter: FROM must be a DiaBlo or SHiRA adapter, or an adapter.chkpt"
+        )
+    base: str | None = config.base_model_name_or_path
+    return base
 
 
 def _read(base: Any, source: Path) -> Any:

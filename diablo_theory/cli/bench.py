@@ -19,13 +19,22 @@ if TYPE_CHECKING:
 @app.command()
 def bench(
     shape: Annotated[
-        str, typer.Option(help="smollm2-135m, smollm2-360m, llama-3.2-1b, llama-2-7b, or a layer such as 4096x11008.")
+        str,
+        typer.Option(
+            help="smollm2-135m, smollm2-360m, llama-3.2-1b, llama-2-7b, tiny, or a layer such as 4096x11008."
+        ),
     ] = "smollm2-135m",
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers (of a model).")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 256,
     blocks: Annotated[str, typer.Option(help="DiaBlo's N, a comparison each; it sets the budget.")] = "64,16",
-    methods: Annotated[str, typer.Option(help="Comma-separated; all of them when left out.")] = "",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, of floor, inputs, diablo, diablo-additive, einsum, lora, dora, miss, c3a, "
+            "lora-fa, shira, full; all of them when left out."
+        ),
+    ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds; 20 or more for an interval of 1%.")] = 20,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
@@ -69,7 +78,7 @@ def bench(
     if loading:
         _loading(out)
         return
-    wanted = [name.strip() for name in methods.split(",") if name.strip()] or list(METHODS)
+    wanted = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip())) or list(METHODS)
     for name in wanted:
         if name not in METHODS:
             raise ConfigError(f"--methods: unknown method {name!r}.{nearest(name, METHODS)}")
@@ -79,14 +88,14 @@ def bench(
     where = pick_device(device)
     sizes = shape.split("x")
     workload: Workload
-    if len(sizes) == 2 and all(size.isdigit() and int(size) > 0 for size in sizes):
+    if len(sizes) == 2 and all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
         workload = linear(int(sizes[0]), int(sizes[1]), batch * length, where, dtypes[dtype])
     elif shape in SHAPES:
         workload = llama(shape, layers, batch, length, where, dtypes[dtype])
     else:
         raise ConfigError(f"--shape: no shape {shape!r} (or a layer such as 4096x11008).{nearest(shape, SHAPES)}")
     with options_checked():
-        suite = Suite(workload, numbers("--blocks", blocks, int), wanted, rounds, where)
+        suite = Suite(workload, list(dict.fromkeys(numbers("--blocks", blocks, int))), wanted, rounds, where)
     with Board(console).piece(f"{workload.name}: {len(wanted)} methods", suite.work) as advance:
         times, contenders = run_suite(suite, advance)
     summary = summarise(times, contenders)

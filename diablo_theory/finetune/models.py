@@ -80,28 +80,10 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
         ModelUnavailableError: If it is not to be had; the message says what to do.
         ChecksumError: If a download or the cache does not hold the published bytes.
     """
-    sha256 = None
-    if name in PACKAGED:
-        folder = packaged_model(name)
-        source, sha256 = PACKAGED[name].requirement, read_json(folder / "source.json")["sha256"]
-    elif Path(name).is_dir():
-        folder, source = Path(name), "local folder"
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder, source = Path(name), "hub"
-    else:
-        raise ModelUnavailableError(
-            f"model {name!r} is neither a known name, nor a local folder, nor a hub id.{nearest(name, PACKAGED)}"
-        )
-    try:
-        with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n", 1)[0]
-        raise ModelUnavailableError(
-            f"model {name!r} ({source}) cannot be loaded: {first_line} "
-            "Offline? Give a local folder in transformers' layout as model=PATH."
-        ) from error
+    folder, source, sha256 = _located(name)
+    model = load_network(name)
+    with _cannot_be_loaded(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -110,6 +92,46 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return LoadedModel(model.to(pick_device(device)), tokenizer, source, sha256)
+
+
+def load_network(name: str) -> Any:
+    """The model of :func:`load_model` alone, on the CPU.
+
+    Raises:
+        ModelUnavailableError: If it is not to be had; the message says what to do.
+        ChecksumError: If a download or the cache does not hold the published bytes.
+    """
+    folder, source, _ = _located(name)
+    with _cannot_be_loaded(name, source):
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+
+
+def _located(name: str) -> tuple[Path, str, str | None]:
+    """Where a model lies, what its source is called, and the weights' SHA-256 if they were published with one."""
+    if name in PACKAGED:
+        folder = packaged_model(name)
+        return folder, PACKAGED[name].requirement, read_json(folder / "source.json")["sha256"]
+    if Path(name).is_dir():
+        return Path(name), "local folder", None
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return Path(name), "hub", None
+    raise ModelUnavailableError(
+        f"model {name!r} is neither a known name, nor a local folder, nor a hub id.{nearest(name, PACKAGED)}"
+    )
+
+
+@contextmanager
+def _cannot_be_loaded(name: str, source: str) -> Iterator[None]:
+    try:
+        with _no_bars():
+            yield
+    except (OSError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+        raise ModelUnavailableError(
+            f"model {name!r} ({source}) cannot be loaded: {said} "
+            "Offline? Give a local folder in transformers' layout as model=PATH."
+        ) from error
 
 
 def loading(name: str) -> str:

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from diablo_theory.files import atomic_path, cache_folder
+from diablo_theory.files import atomic_path, cache_folder, write_text
 
 SOURCE = Path(__file__).with_name("blocks.cpp")
 SWITCH = "DIABLO_THEORY_COMPILED"
 #: What this says in the environment comes behind FLAGS, and so prevails.
 MORE_FLAGS = "DIABLO_THEORY_CXXFLAGS"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+#: Of the file beside a library that holds its SHA-256.
+DIGEST = ".sha256"
 #: Seconds after which a compiler is given up; it needs one.
 PATIENCE = 120
 #: The most floats of a vector in blocks.cpp, whatever the CPU.
@@ -187,6 +189,7 @@ def _readable(tensor: Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
         and torch._C._has_storage(tensor)
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # its storage was freed
     )
 
 
@@ -217,17 +220,25 @@ def _load() -> ctypes.CDLL:
     key = hashlib.sha256("\n".join([*command, macros, SOURCE.read_text()]).encode()).hexdigest()[:16]
     file = cache_folder() / "compiled" / f"blocks-{key}.so"
     try:
-        try:
-            library = ctypes.CDLL(str(file))
-        except OSError:  # not there, or damaged
+        if not _whole(file):
             with atomic_path(file) as aside:
                 _run([*command, str(SOURCE), "-o", str(aside)])
-            library = ctypes.CDLL(str(file))
+                digest = hashlib.sha256(aside.read_bytes()).hexdigest()
+            write_text(file.with_suffix(DIGEST), digest)
+        library = ctypes.CDLL(str(file))
     except OSError as error:
         raise _UnavailableError(f"{file}: {error.strerror or error}") from None
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = arguments
     return library
+
+
+def _whole(file: Path) -> bool:
+    """Whether a library is there as it was built: the system ends a process that loads a damaged one."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest() == file.with_suffix(DIGEST).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _compiler() -> list[str]:

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from pandas.api.types import is_numeric_dtype
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
@@ -23,6 +24,8 @@ CONTENDERS = (
     *("workload", "num_blocks", "name", "method", "trainable", "tokens"),
     *("static_mib", "step_peak_mib", "inputs_mib", "trainable_mib"),
 )
+TEXT = {"workload", "method", "phase", "name"}
+KEYS = TEXT | {"num_blocks", "round"}
 REFERENCES = ("floor", "lora", "einsum")
 #: (contender, reference, asked): the whole step of one as a ratio to that of the other is to be at most so much.
 AIMS = (
@@ -51,6 +54,10 @@ def read_steps(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             raise ResultsError(f"{path} cannot be read ({error}); `diablo-theory bench --out` writes it") from error
         if missing := [column for column in columns if column not in table]:
             raise ResultsError(f"{path} lacks the columns {', '.join(missing)}")
+        wrong = [column for column in columns if column not in TEXT and not is_numeric_dtype(table[column])]
+        if table.empty or wrong or table.duplicated(list(set(columns) & KEYS)).any():
+            why = "no rows" if table.empty else f"text in {', '.join(wrong)}" if wrong else "rows that occur twice"
+            raise ResultsError(f"{path} has {why}; `diablo-theory bench --out` writes it")
         tables.append(table)
     return tables[0], tables[1]
 

@@ -155,13 +155,16 @@ class DiaBloLinear(Merging, BaseTunerLayer):  # type: ignore[misc]  # peft is un
         return result
 
     def mode(self, adapter_name: str) -> tuple[str, str]:
-        """How an adapter is applied when it is the only active one, and why.
+        """How an adapter is applied: now if it is active, otherwise as if it were the only one; and why.
 
         Returns:
             "merged" or "additive", and the reason in words.
         """
         if reason := self._why_additive(adapter_name, self.base_layer, self.diablo_blocks[adapter_name]):
             return "additive", reason
+        active = [name for name in self.active_adapters if name in self.diablo_layout]
+        if adapter_name in active and len(active) > 1:
+            return "additive", "several adapters are active"
         return "merged", "asked for" if self.diablo_mode[adapter_name] == "merged" else "valid for this layer"
 
     def _why_additive(self, name: str, base: nn.Module, blocks: Tensor) -> str | None:

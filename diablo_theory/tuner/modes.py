@@ -64,6 +64,14 @@ def why_additive(base: Any, backend: Any, blocks: Tensor, dropout: nn.Module) ->
         return "the base weight is trained too"
     if weight.is_meta or weight.device != blocks.device:
         return "base weight and adapter are not on one real device"
+    if weight.is_neg() or _overlaps(weight):
+        return "entries of the base weight share memory (an expanded or a negated view)"
     if weight.is_inference() or (weight.is_cpu and weight.untyped_storage().is_shared()):
         return "the base weight must not be written to (shared between processes, or an inference tensor)"
     return None
+
+
+def _overlaps(weight: Tensor) -> bool:
+    """Whether two entries of a matrix may lie in one place."""
+    (far, many), (near, few) = sorted(zip(weight.stride(), weight.shape, strict=True), reverse=True)
+    return (few > 1 and near < 1) or (many > 1 and far < near * (few - 1) + 1)

@@ -98,11 +98,19 @@ def test_side_measures_in_words(tmp_path):
     assert said[3] == "0.30 s, 4.00 of reading and writing the adapter's bytes, 0.100 of the model's"
 
 
-@pytest.mark.parametrize("damage", ["missing", "columns", "bytes"])
+@pytest.mark.parametrize("damage", ["missing", "columns", "bytes", "rows", "text", "twice"])
 def test_damaged_files_are_named(saved, damage):
     file = saved / "times.csv"
+    lines = file.read_text().splitlines(keepends=True)
     if damage == "missing":
         file.unlink()
+    elif damage in ("rows", "text", "twice"):
+        cut = {
+            "rows": lines[:1],
+            "text": [*lines, lines[-1].rpartition(",")[0] + ",x\n"],
+            "twice": [*lines, lines[-1]],
+        }
+        file.write_text("".join(cut[damage]))
     else:
         file.write_bytes(b"a,b\n1,2\n" if damage == "columns" else b"\xff\xfe\x00")
     with pytest.raises(ResultsError, match=r"times\.csv"):

@@ -180,13 +180,46 @@ def test_a_trainable_weight_and_blocks_elsewhere_are_refused():
         ops.merged(x, weight.detach(), None, blocks.to("meta"), None, layout, writer)
 
 
-def test_an_expanded_weight_is_left_alone():
-    layer = adapted(24, 36, 4, dtype=torch.float32, std=0.1)
-    layer.base_layer.weight = nn.Parameter(torch.randn(36, 1).expand(36, 24), requires_grad=False)
-    before = layer.base_layer.weight.clone()
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(5, 24))
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(36, 1).expand(36, 24),
+        torch.randn(24).expand(36, 24),
+        torch.randn(200).as_strided((36, 24), (1, 1)),
+        torch.randn(900).as_strided((36, 24), (7, 1)),
+        torch.complex(torch.randn(36, 24), torch.randn(36, 24)).conj().imag,
+    ],
+    ids=["rows", "columns", "both", "partly", "negated"],
+)
+def test_a_weight_whose_entries_share_memory_is_left_alone(weight):
+    layer = adapted(24, 36, 4, mode="auto", dtype=torch.float32, std=0.1)
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert layer.mode("default") == (
+        "additive",
+        "entries of the base weight share memory (an expanded or a negated view)",
+    )
+    before, x = layer.base_layer.weight.clone(), torch.randn(5, 24)
+    expected = nn.functional.linear(x, before + layer.get_delta_weight("default"), layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_views_of_a_larger_weight_stay_merged():
+    fused = torch.randn(72, 48)
+    for view in (fused[:36, :24], fused[36:, 24:], fused.T[:36, :24], fused[::2, :24]):
+        layer = adapted(24, 36, 4, mode="auto", dtype=torch.float32)
+        layer.base_layer.weight = nn.Parameter(view, requires_grad=False)
+        assert layer.mode("default")[0] == "merged"
+
+
+@pytest.mark.parametrize("num_blocks", [8, 7])
+def test_an_input_that_lies_in_the_weight(num_blocks):
+    layer = adapted(64, 64, num_blocks, dtype=torch.float32, std=0.1)
+    weight = layer.base_layer.weight
+    expected = nn.functional.linear(
+        weight.clone(), weight + layer.get_delta_weight("default"), layer.base_layer.bias
+    ).detach()
+    torch.testing.assert_close(layer(weight).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_tracer_sees_the_blocks():
