@@ -109,7 +109,7 @@ class BlockWriter:
         data = weight.data
         if weight.dtype is not x.dtype:
             return linear(x, self._factor(self._cast(data, parts, layout, x.dtype), back), bias)
-        if x.is_cpu and x.untyped_storage().data_ptr() == data.untyped_storage().data_ptr():
+        if torch._C._has_storage(x) and x.untyped_storage().data_ptr() == data.untyped_storage().data_ptr():
             x = x.clone()  # an input that lies in the weight must not change with it
         factor = self._factor(data, back)
         lock = self.lock(weight)

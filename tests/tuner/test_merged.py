@@ -222,6 +222,17 @@ def test_an_input_that_lies_in_the_weight(num_blocks):
     torch.testing.assert_close(layer(weight).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_batched_gradients():
+    layer = adapted(24, 36, 4, dtype=torch.float32, std=0.1)
+    x = torch.randn(5, 24, requires_grad=True)
+    out, leaves = layer(x), [x, layer.diablo_blocks["default"]]
+    directions = torch.randn(3, 5, 36)
+    batched = torch.autograd.grad(out, leaves, directions, is_grads_batched=True, retain_graph=True)
+    single = zip(*(torch.autograd.grad(out, leaves, one, retain_graph=True) for one in directions), strict=True)
+    for together, one_by_one in zip(batched, single, strict=True):
+        torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-4, atol=1e-5)
+
+
 def test_a_tracer_sees_the_blocks():
     layer = adapted(24, 36, 4, dtype=torch.float32, std=0.1)
     x = torch.randn(5, 24)
