@@ -81,8 +81,8 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
         ChecksumError: If a download or the cache does not hold the published bytes.
     """
     folder, source, sha256 = _located(name)
-    model = load_network(name)
     with _cannot_be_loaded(name, source):
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

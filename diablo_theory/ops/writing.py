@@ -28,9 +28,9 @@ def merged(
     """``x (W0 + D) + bias`` as one product: D is added into the weight's diagonal blocks for just as long as it takes.
 
     The weight holds W0 at every moment but inside the two products (this one, and the input gradient's in the backward
-    pass); its blocks are put back from a copy, bit for bit, also when the product raises or is interrupted. Nothing
-    in this thread can therefore see a changed weight; see :class:`BlockWriter` for others. Writing the
-    blocks moves m1 m2 / N numbers, against (tokens) m1 m2 multiplications.
+    pass); its blocks are put back from a copy, bit for bit, also when the product raises or is interrupted. Nothing in
+    this thread can therefore see a changed weight; see :class:`BlockWriter` for others. Writing the blocks moves
+    m1 m2 / N numbers, against (tokens) m1 m2 multiplications.
 
     Where the product is computed in another dtype than the weight's (autocast), a cast copy is written into instead.
     In low precision W0 + D is rounded once.
@@ -42,7 +42,7 @@ def merged(
         blocks: The complete blocks of D, shape (k, d1, d2), any floating dtype.
         tail: The one cut block, or None.
         layout: The geometry.
-        writer: The one that all callers use for this weight.
+        writer: Any one that knows the weight's orientation; one for each layer is the fastest.
 
     Returns:
         Shape (..., m2), the dtype of x.
