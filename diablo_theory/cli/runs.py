@@ -318,18 +318,13 @@ def collect(
 
     Example: `diablo-theory collect results/small_scale --out paper_results/reproduced/suites`
     """
-    from rich.table import Table
-
     from diablo_theory.cli.common import wrote
-    from diablo_theory.reporting.suites import collect_suites, save_suites, scores
+    from diablo_theory.reporting.suite_tables import build_sections, readable_section, title
+    from diablo_theory.reporting.suites import collect_suites, save_suites
+    from diablo_theory.reporting.terminal import terminal_table
 
     require_folder(out)
     suites = collect_suites(runs)
-    found = scores(suites)
-    table = Table("suite", "task", "setting", "metric", "value (95%)", "n", "seeds", box=None, pad_edge=False)
-    for row in found.to_dict("records"):
-        value = f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})"
-        texts = [str(row[key]) for key in ("suite", "task", "setting", "metric", "n", "seeds")]
-        table.add_row(*texts[:4], value, *texts[4:])
-    console.print(table)
+    for name, section in build_sections(suites).items():
+        console.print(terminal_table(readable_section(section), title(name)))
     wrote(save_suites(suites, out))

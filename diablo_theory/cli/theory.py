@@ -33,9 +33,8 @@ def verify(
     Example: `diablo-theory verify L2 S1 --trials 20 --out results/verdicts`
     """
     from diablo_theory.files import write_with
-    from diablo_theory.reporting.plots import styled
     from diablo_theory.reporting.report import verdict_table
-    from diablo_theory.reporting.style import save
+    from diablo_theory.reporting.style import save, styled
     from diablo_theory.reporting.verdicts import verdict_margins
     from diablo_theory.theory.arithmetic import arithmetic_of
     from diablo_theory.theory.checks import CHECKS, run_checks

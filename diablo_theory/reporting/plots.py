@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from diablo_theory.reporting.drawing import dots, line, plain_ticks
 from diablo_theory.reporting.maps import theory_map
 from diablo_theory.reporting.results import ResultsData, by_method
-from diablo_theory.reporting.style import GREY, RC, WIDTH, Look, looks, save
+from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, save, styled
 from diablo_theory.reporting.tables import Tables, task_name
 from diablo_theory.reporting.verdicts import verdict_margins
 
 REPRODUCE = "nothing saved for it yet; `diablo-theory reproduce` produces it"
 TUNE = "no learning-rate search saved in this folder; `diablo-theory tune TASK --out FOLDER` produces it"
-P = ParamSpec("P")
-
-
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in this project's style, leaving matplotlib's global settings alone."""
-
-    @wraps(draw)
-    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(RC):
-            return draw(*args, **kwargs)
-
-    return in_style
 
 
 def scale_note(data: ResultsData) -> str:
@@ -103,38 +88,19 @@ def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Fi
             window = max(1, len(mean) // 20)
             left.plot(mean.index, mean["loss"], color=look[label].color, linewidth=0.5, alpha=0.35)
             smooth = mean["loss"].rolling(window, center=True, min_periods=1).mean()
-            _line(left, smooth, look[label], label)
+            line(left, smooth, look[label], label)
             _gradients(right, mean, look[label], label, window)
         left.set(title=f"{task_name(task)}: training loss", ylabel="nats per answer token", yscale="log")
         right.set(title="Gradient norm by parameter group", ylabel="Frobenius norm", yscale="log")
         for axes in (left, right):
             axes.set_xlabel("training step")
-        _plain(left.yaxis, (1.0, 2.0, 5.0))
-        _plain(right.yaxis, (1.0,))
+        plain_ticks(left.yaxis, (1.0, 2.0, 5.0))
+        plain_ticks(right.yaxis, (1.0,))
         if right.get_legend_handles_labels()[1]:
             right.legend(handlelength=3.2)
     _legend(figure, panels)
     figure.supxlabel(note, fontsize=8, color=GREY)
     return figure
-
-
-def _plain(axis: Axis, subs: tuple[float, ...]) -> None:
-    """Ticks of a logarithmic axis at the given multiples of powers of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _line(axes: Axes, values: pd.Series, look: Look, label: str) -> None:
-    every = max(1, len(values) // 7)
-    axes.plot(
-        *(values.index, values.to_numpy()),
-        color=look.color,
-        linestyle=look.line,
-        marker=look.marker,
-        label=label,
-        markevery=every,
-    )
 
 
 def _gradients(axes: Axes, mean: pd.DataFrame, look: Look, label: str, window: int) -> None:
@@ -144,7 +110,7 @@ def _gradients(axes: Axes, mean: pd.DataFrame, look: Look, label: str, window: i
         smooth = np.exp(np.log(values).rolling(window, center=True, min_periods=1).mean())
         name = f"{label}: {column.partition('/')[2]}" if len(groups) > 1 else "_"  # "_" keeps it out of the legend
         shown = Look(look.color, look.marker if position == 0 else "1", look.line if position == 0 else ":", "")
-        _line(axes, smooth.where(values.notna()), shown, name)
+        line(axes, smooth.where(values.notna()), shown, name)
 
 
 def _legend(figure: Figure, panels: npt.NDArray[Any]) -> None:
@@ -174,10 +140,10 @@ def results(table: pd.DataFrame, note: str) -> Figure:
         title = f"{task_name(task)}, {same['n'].iloc[0]} unseen problems"
         seeds = same["seeds"].max()
         title += f", {seeds} seeds" if seeds > 1 else ""
-        _dots(left, same, "exact_match", look, "{:.1f}")
+        dots(left, same, "exact_match", look, "{:.1f}")
         left.set(title=title, xlabel="exact match, % (more is better)", xlim=(-3, 118))
         left.set_xticks(range(0, 101, 25))
-        _dots(right, same, "loss_per_token", look, "{:.3f}")
+        dots(right, same, "loss_per_token", look, "{:.3f}")
         right.set(xlabel="held-out loss, nats/token (less is better)")
         right.set_yticklabels([])
         _log_if_wide(right, same)
@@ -185,23 +151,11 @@ def results(table: pd.DataFrame, note: str) -> Figure:
     return figure
 
 
-def _dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec: str) -> None:
-    for place, row in enumerate(table.to_dict("records")):
-        style = look[row["label"]]
-        ends = [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
-        axes.errorbar(row[name], place, xerr=np.maximum(ends, 0), fmt=style.marker, color=style.color, capsize=3)
-        text = spec.format(row[name])
-        axes.annotate(text, (row[f"{name}_high"], place), (5, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(table)), table["label"])
-    axes.set_ylim(len(table) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-
-
 def _log_if_wide(axes: Axes, table: pd.DataFrame) -> None:
     low, high = table["loss_per_token_low"].min(), table["loss_per_token_high"].max()
     if low > 0 and high / low > 10:
         axes.set_xscale("log")
-        _plain(axes.xaxis, (1.0,))
+        plain_ticks(axes.xaxis, (1.0,))
         axes.set_xlim(low / 1.4, high * (high / low) ** 0.25)
     else:
         axes.set_xlim(low - 0.05 * (high - low), high + 0.25 * (high - low))
@@ -285,8 +239,8 @@ def learning_rates(table: pd.DataFrame, note: str) -> Figure:
             picked = rate[rate["chosen"].astype(bool)]
             ends = np.maximum([rate["valid_loss"] - rate["loss_low"], rate["loss_high"] - rate["valid_loss"]], 0)
             left.errorbar(rate.index, rate["valid_loss"], yerr=ends, fmt="none", color=look[label].color, capsize=2)
-            _line(left, rate["valid_loss"], look[label], label)
-            _line(right, 100 * rate["exact"], look[label], label)
+            line(left, rate["valid_loss"], look[label], label)
+            line(right, 100 * rate["exact"], look[label], label)
             ring = {"s": 110, "facecolors": "none", "edgecolors": "black", "linewidths": 1.2, "zorder": 5}
             left.scatter(picked.index, picked["valid_loss"], **ring)
             right.scatter(picked.index, 100 * picked["exact"], **ring)
@@ -294,8 +248,8 @@ def learning_rates(table: pd.DataFrame, note: str) -> Figure:
         right.set(title="Validation exact match", ylabel="%")
         for axes in (left, right):
             axes.set(xscale="log", xlabel="learning rate (ring: chosen)")
-            _plain(axes.xaxis, (1.0,))
-        _plain(left.yaxis, (1.0, 2.0, 5.0))
+            plain_ticks(axes.xaxis, (1.0,))
+        plain_ticks(left.yaxis, (1.0, 2.0, 5.0))
     _legend(figure, panels)
     figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
     return figure

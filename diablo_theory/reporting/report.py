@@ -18,6 +18,7 @@ from diablo_theory.reporting.findings import Finding, findings
 from diablo_theory.reporting.plots import save_figures, scale_note
 from diablo_theory.reporting.results import ResultsData, by_method, collect, tidy_rows
 from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_tables
+from diablo_theory.reporting.terminal import ascii_text, terminal_table
 
 EXAMPLES = 3
 PROFILE_OPTIONS = {"quick": ["--quick"], "full": ["--full"]}
@@ -97,12 +98,12 @@ def summary(data: ResultsData) -> RenderableType:
         counts = tables.verdicts.groupby(["check", "role"], sort=False)[["passed", "total"]].sum().reset_index()
         counts["As predicted"] = counts["passed"].astype(str) + " of " + counts["total"].astype(str)
         shown = counts.rename(columns={"check": "Check", "role": "Role"})[["Check", "Role", "As predicted"]]
-        parts.append(_terminal_table(shown, "Theory"))
+        parts.append(terminal_table(shown, "Theory"))
     if "results" in words:
         columns = ["Task", "Method", "Exact match, %", "Held-out loss, nats/token", "Trainable parameters"]
-        parts.append(_terminal_table(words["results"][columns], scale_note(data)))
+        parts.append(terminal_table(words["results"][columns], scale_note(data)))
     for finding in findings(data, tables):
-        parts.append(Text(_ascii(f"* {finding.topic}: {finding.text}"), style="bold red" if finding.alarm else ""))
+        parts.append(Text(ascii_text(f"* {finding.topic}: {finding.text}"), style="bold red" if finding.alarm else ""))
     return Group(*parts)
 
 
@@ -216,26 +217,13 @@ def verdict_table(verdicts: pd.DataFrame) -> Table:
     """Verdicts as ``diablo-theory verify --csv`` writes them, a line a check and role, for the terminal."""
     data = ResultsData(path=Path(), manifest={}, verdicts=verdicts)
     columns = ["Check", "Role", "Statement", "Passed", "Worst claim margin, decades"]
-    return _terminal_table(readable(build(data))["verdicts"][columns], "Theory")
+    return terminal_table(readable(build(data))["verdicts"][columns], "Theory")
 
 
 def learning_rate_table(rates: pd.DataFrame) -> Table:
     """A learning-rate search (the rows of ``learning_rates.csv``) for the terminal."""
     data = ResultsData(path=Path(), manifest={}, learning_rates=rates)
-    return _terminal_table(readable(build(data))["learning_rates"], "Learning rates")
-
-
-def _terminal_table(frame: pd.DataFrame, title: str) -> Table:
-    table = Table(title=_ascii(title), title_justify="left")
-    for column in frame.columns:
-        table.add_column(_ascii(str(column)))
-    for row in frame.itertuples(index=False):
-        table.add_row(*(Text(_ascii(str(cell))) for cell in row))
-    return table
-
-
-def _ascii(text: str) -> str:
-    return text.replace("−", "-").replace("—", "-").encode("ascii", "replace").decode()
+    return terminal_table(readable(build(data))["learning_rates"], "Learning rates")
 
 
 def _shorten(text: str) -> str:

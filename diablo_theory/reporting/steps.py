@@ -15,8 +15,7 @@ from rich.table import Table
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.intervals import time_ratio
-from diablo_theory.reporting.plots import styled
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, styled
 
 PHASES = ("forward", "backward", "optimizer")
 TIMES = ("workload", "num_blocks", "round", "method", "phase", "seconds")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -45,6 +46,9 @@ RC: dict[Any, Any] = {
 }
 
 
+P = ParamSpec("P")
+
+
 @dataclass(frozen=True)
 class Look:
     """How one method is drawn, in every figure alike."""
@@ -66,6 +70,17 @@ _LOOKS = {  # Okabe and Ito's palette
     "lora": (Look(LORA_VERMILLION, "^", "--", "////"), Look("#E69F00", "v", (0, (2, 1)), "----")),
 }
 _OTHERS = (Look("#CC79A7", "D", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\\\"), Look(GREY, "*", (0, (1, 1)), "oo"))
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in this project's style, leaving matplotlib's global settings alone."""
+
+    @wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return in_style
 
 
 def looks(pairs: Sequence[tuple[str, str]]) -> dict[str, Look]:

@@ -1,4 +1,4 @@
-"""What sweeps have given: finished runs as tidy rows, outcomes of every problem, and paired differences.
+"""What sweeps have given: finished runs as tidy rows, and the outcome of every problem.
 
 Run folders are large and hold texts that have licences of their own; what is kept of them here is small and free of
 both: configurations, scores with intervals, and for each problem whether it was solved and at which loss.
@@ -19,15 +19,11 @@ import pandas as pd
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.files import read_json, write_with
-from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, paired_difference, score
+from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, score
 from diablo_theory.reporting.results import COLUMNS, ITEM_TEXT, SCHEMA_VERSION, validate_rows
 
-#: Keys that do not make two runs different experiments, and those that only say how a method is set.
-ELSEWHERE = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
-METHOD = ("method", "learning_rate", "rank", "alpha")
 #: Files of a collection.
 ROWS, CONFIGS, OUTCOMES = "rows.csv", "configs.csv", "outcomes.csv.gz"
-RUN_COLUMNS = ("run_id", "suite", "task", "model", "method", "label", "seed", "scale", "protocol")
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,8 @@ def collect_suites(root: Path) -> Suites:
     for folder in folders:
         run_id = folder.relative_to(root).as_posix()
         config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-        configs.append({"run_id": run_id} | _flat(config) | _flat(_measured(metrics)))
+        # Where the data lay says nothing about a run: what they were is in their digests.
+        configs.append({"run_id": run_id} | _flat(config | {"data_root": None}) | _flat(_measured(metrics)))
         for task in metrics["scores"]:
             items = _outcomes(folder / "predictions" / f"{task}.csv", metrics["scores"][task]["n"])
             named = {"run_id": run_id, "task": task, "seed": config["seed"], "label": metrics["label"]}
@@ -112,7 +109,7 @@ def _rows(
         "note": f"{config['protocol']} protocol",
         "schema_version": SCHEMA_VERSION,
     }
-    for metric in _metrics_of(items):
+    for metric in metrics_of(items):
         found = score(items, metric)
         interval = {"value": found.value, "ci_low": found.low, "ci_high": found.high, "stderr": found.stderr}
         yield same | {"metric": metric, "n": found.n} | interval
@@ -120,7 +117,8 @@ def _rows(
         yield same | {"metric": "train_seconds", "value": metrics["train_seconds"]}
 
 
-def _metrics_of(items: pd.DataFrame) -> list[str]:
+def metrics_of(items: pd.DataFrame) -> list[str]:
+    """The metrics of the tidy schema that these outcomes have, for all their problems."""
     columns = {name: column for name, (column, *_) in (METRICS | METRICS_OF_SOME).items()}
     return [name for name, column in columns.items() if column in items and items[column].notna().all()]
 
@@ -167,101 +165,3 @@ def read_suites(folder: Path) -> Suites:
     rows, configs, outcomes = frames
     rows["note"] = rows["note"].fillna("")
     return Suites(validate_rows(rows), configs, outcomes)
-
-
-def experiments(suites: Suites) -> pd.DataFrame:
-    """Runs that differ in nothing but the seed, as one experiment.
-
-    Returns:
-        A row a run: run_id, experiment (a number), and alike: experiments of the same number there differ in the
-        method and how it is set alone, so that they may be compared.
-    """
-    configs = suites.configs
-    keys = [key for key in configs.columns if key not in ("run_id", *ELSEWHERE) and key in _config_keys(configs)]
-    text = configs[keys].astype(str)
-    shared = [key for key in keys if key not in METHOD]
-    return pd.DataFrame(
-        {
-            "run_id": configs["run_id"],
-            "experiment": text.groupby(keys, sort=False, dropna=False).ngroup(),
-            "alike": text.groupby(shared, sort=False, dropna=False).ngroup(),
-        }
-    )
-
-
-def _config_keys(configs: pd.DataFrame) -> list[str]:
-    """Columns of the configuration, which come before what was measured."""
-    return list(configs.columns[: configs.columns.get_loc("label")])
-
-
-def scores(suites: Suites) -> pd.DataFrame:
-    """Every experiment's scores over all its seeds.
-
-    Returns:
-        A row an experiment, task and metric: suite, task, model, method, label, setting, experiment, alike, metric,
-        value, low, high (95%), n, seeds, trainable_params, scale.
-    """
-    named = experiments(suites).merge(suites.configs, on="run_id")
-    setting = suites.rows.drop_duplicates("run_id").set_index("run_id")["setting"]
-    rows = []
-    for (experiment, task), items in suites.outcomes.merge(named[["run_id", "experiment"]], on="run_id").groupby(
-        ["experiment", "task"], sort=False
-    ):
-        run = named[named["experiment"] == experiment].iloc[0]
-        same = {key: run[key] for key in ("suite", "model", "method", "label", "experiment", "alike", "scale")}
-        same |= {"task": task, "setting": setting[run["run_id"]], "trainable_params": run["trainable_params"]}
-        same |= {"learning_rate": run["learning_rate"], "num_blocks": run["num_blocks"]}
-        for metric in _metrics_of(items):
-            found = score(items, metric)
-            rows.append(
-                same
-                | {"metric": metric, "value": found.value, "low": found.low, "high": found.high}
-                | {"n": found.n, "seeds": found.seeds}
-            )
-    return pd.DataFrame(rows)
-
-
-def differences(suites: Suites, reference: str = "diablo") -> pd.DataFrame:
-    """A method's scores minus each other's, over the problems and seeds that both have.
-
-    Args:
-        suites: A collection.
-        reference: Method that the others are compared with, where exactly one experiment of it is alike.
-
-    Returns:
-        A row a pair, task and metric: suite, task, model, first, second, metric, value, low, high (95%), n, seeds.
-    """
-    named = experiments(suites)
-    outcomes = suites.outcomes.merge(named, on="run_id")
-    about = named.merge(suites.configs, on="run_id").drop_duplicates("experiment").set_index("experiment")
-    rows = []
-    for (_, task), group in outcomes.groupby(["alike", "task"], sort=False):
-        present = list(dict.fromkeys(group["experiment"]))
-        firsts = [e for e in present if about.loc[e, "method"] == reference]
-        if len(firsts) != 1:  # none, or one at each of several learning rates
-            continue
-        first = group[group["experiment"] == firsts[0]]
-        for other in (e for e in present if e != firsts[0]):
-            second = group[group["experiment"] == other]
-            rows += list(_pair(about.loc[other], str(task), first, second))
-    return pd.DataFrame(rows)
-
-
-def _pair(about: Any, task: str, first: pd.DataFrame, second: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    if not set(first["seed"]) & set(second["seed"]):
-        return
-    for metric in _metrics_of(first):
-        found = paired_difference(first, second, metric)
-        yield {
-            "suite": about["suite"],
-            "task": task,
-            "model": about["model"],
-            "first": first["label"].iloc[0],
-            "second": second["label"].iloc[0],
-            "metric": metric,
-            "value": found.value,
-            "low": found.low,
-            "high": found.high,
-            "n": found.n,
-            "seeds": found.seeds,
-        }

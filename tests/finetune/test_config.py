@@ -18,7 +18,7 @@ SUITES = {
     "arithmetic": 7,
     "code": 3,
     "safety": 3,
-    "quantised": 13,
+    "quantised": 14,
     "patterns": 8,
     "efficiency": 4,
     "gradients": 2,

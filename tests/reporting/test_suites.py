@@ -6,17 +6,11 @@ from diablo_theory.errors import ResultsError
 from diablo_theory.finetune import runs
 from diablo_theory.finetune.config import resolve
 from diablo_theory.progress import Board
-from diablo_theory.reporting.suites import (
-    collect_suites,
-    differences,
-    experiments,
-    read_suites,
-    save_suites,
-    scores,
-)
+from diablo_theory.reporting.comparisons import differences, experiments, scores
+from diablo_theory.reporting.suites import collect_suites, read_suites, save_suites
 
 TINY = {
-    "suite": "words",
+    "suite": "word_problems",
     "num_blocks": 6,
     "steps": 3,
     "batch_size": 2,
@@ -34,12 +28,9 @@ def done(tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for method, seed, rate in DONE:
         config = resolve(TINY, {"model": str(tiny_model), "method": method, "seed": seed, "learning_rate": rate})
-        runs.execute(config, root / "words" / f"{method}-seed={seed}", Board(Console(quiet=True)))
-    runs.execute(
-        resolve(TINY, {"model": str(tiny_model), "num_blocks": 3}),
-        root / "words" / "other",
-        Board(Console(quiet=True)),
-    )
+        runs.execute(config, root / "word_problems" / f"{method}-seed={seed}", Board(Console(quiet=True)))
+    other = resolve(TINY, {"model": str(tiny_model), "num_blocks": 3, "suite": "blocks"})
+    runs.execute(other, root / "blocks" / "diablo-num_blocks=3", Board(Console(quiet=True)))
     return root
 
 
@@ -59,17 +50,29 @@ def test_everything_is_collected_and_comes_back_as_it_was(done, tmp_path):
 def test_no_text_of_a_problem_is_kept(done, tmp_path):
     suites = collect_suites(done)
     save_suites(suites, tmp_path)
-    prompt = pd.read_csv(done / "words" / "lora-seed=0" / "predictions" / "word_problems.csv")["prompt"][0]
+    prompt = pd.read_csv(done / "word_problems" / "lora-seed=0" / "predictions" / "word_problems.csv")["prompt"][0]
     whole = "".join(frame.to_csv() for frame in (suites.rows, suites.configs, suites.outcomes))
     assert prompt.split("\n")[0][10:] not in whole
 
 
 def test_seeds_are_one_experiment_and_methods_are_comparable(done):
     named = experiments(collect_suites(done)).set_index("run_id")
-    assert named.loc["words/diablo-seed=0", "experiment"] == named.loc["words/diablo-seed=1", "experiment"]
+    assert (
+        named.loc["word_problems/diablo-seed=0", "experiment"]
+        == named.loc["word_problems/diablo-seed=1", "experiment"]
+    )
     assert named["experiment"].nunique() == 4
-    assert named.loc["words/diablo-seed=0", "alike"] == named.loc["words/lora-seed=1", "alike"]
-    assert named.loc["words/diablo-seed=0", "alike"] != named.loc["words/other", "alike"]
+    assert named.loc["word_problems/diablo-seed=0", "alike"] == named.loc["word_problems/lora-seed=1", "alike"]
+    assert set(named["alike"]) == {0}
+
+
+def test_what_differs_in_more_than_the_method_is_not_comparable(done):
+    suites = collect_suites(done)
+    longer = suites.configs["run_id"].str.contains("lora")
+    suites.configs.loc[longer, "steps"] = 4
+    named = experiments(suites).set_index("run_id")
+    assert named.loc["word_problems/diablo-seed=0", "alike"] != named.loc["word_problems/lora-seed=1", "alike"]
+    assert set(differences(suites)["experiment"]).isdisjoint(named.loc["word_problems/lora-seed=1", ["experiment"]])
 
 
 def test_scores_are_means_over_seeds_and_differences_are_paired(done):
@@ -78,13 +81,18 @@ def test_scores_are_means_over_seeds_and_differences_are_paired(done):
     one = suites.rows[(suites.rows["metric"] == "loss_per_token") & suites.rows["run_id"].str.contains("lora")]
     assert found.loc[("lora", 6, "loss_per_token"), "value"] == pytest.approx(one["value"].mean(), rel=1e-9)
     assert found.loc[("lora", 6, "loss_per_token"), "seeds"] == 2
-    pairs = differences(suites)
-    assert {name.split()[0] for name in pairs["first"]} == {"DiaBlo"}
-    assert {name.split()[0] for name in pairs["second"]} == {"LoRA", "Untouched"}
-    gap = pairs[(pairs["metric"] == "loss_per_token") & pairs["second"].str.startswith("LoRA")].iloc[0]
+    pairs = differences(suites).merge(scores(suites)[["experiment", "method", "num_blocks"]].drop_duplicates())
+    assert set(zip(pairs["method"], pairs["num_blocks"], strict=True)) == {("lora", 6), ("none", 6), ("diablo", 3)}
+    gap = pairs[(pairs["metric"] == "loss_per_token") & (pairs["method"] == "lora")].iloc[0]
     mean = {m: found.loc[(m, 6, "loss_per_token"), "value"] for m in ("diablo", "lora")}
-    assert gap["value"] == pytest.approx(mean["diablo"] - mean["lora"], rel=1e-6)
+    assert gap["value"] == pytest.approx(mean["lora"] - mean["diablo"], rel=1e-6)
     assert gap["low"] < gap["value"] < gap["high"]
+
+
+def test_of_several_rates_the_task_s_own_suite_has_the_reference(done):
+    suites = collect_suites(done)
+    suites.configs["suite"] = "learning_rate"  # two experiments with DiaBlo, none in a suite of the task's name
+    assert differences(suites).empty
 
 
 def test_what_is_missing_or_damaged_is_told(done, tmp_path):
@@ -102,5 +110,6 @@ def test_the_command_writes_and_tells(done, shell, tmp_path):
     status, out, _ = shell("collect", done, "--out", tmp_path / "kept")
     assert status == 0
     assert "wrote" in out
-    assert "loss_per_token" in out
+    assert "Methods at equal" in out
+    assert "DiaBlo" in out
     assert (tmp_path / "kept" / "rows.csv").is_file()

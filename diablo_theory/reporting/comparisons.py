@@ -1,0 +1,121 @@
+"""What collected runs say: scores over all seeds, and paired differences between experiments that may be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from diablo_theory.reporting.intervals import paired_difference, score
+from diablo_theory.reporting.suites import Suites, metrics_of
+
+#: Keys that do not make two runs different experiments.
+ELSEWHERE = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
+#: Keys that may differ between experiments that are compared: the table they belong to, the method, how it is set.
+METHOD = ("suite", "method", "num_blocks", "learning_rate", "rank", "alpha")
+#: The method that the others are compared with.
+REFERENCE = "diablo"
+
+
+def experiments(suites: Suites) -> pd.DataFrame:
+    """Runs that differ in nothing but the seed, as one experiment.
+
+    Returns:
+        A row a run: run_id, experiment (a number), and alike: experiments of the same number there differ in the
+        method and how it is set alone (model, data, base, number of steps, ... are the same), so that they may be
+        compared.
+    """
+    configs = suites.configs
+    keys = [key for key in _config_keys(configs) if key not in ("run_id", *ELSEWHERE)]
+    text = configs[keys].astype(str)
+    shared = [key for key in keys if key not in METHOD]
+    return pd.DataFrame(
+        {
+            "run_id": configs["run_id"],
+            "experiment": text.groupby(keys, sort=False, dropna=False).ngroup(),
+            "alike": text.groupby(shared, sort=False, dropna=False).ngroup(),
+        }
+    )
+
+
+def _config_keys(configs: pd.DataFrame) -> list[str]:
+    """Columns of the configuration, which come before what was measured."""
+    return list(configs.columns[: configs.columns.get_loc("label")])
+
+
+def scores(suites: Suites) -> pd.DataFrame:
+    """Every experiment's scores over all its seeds.
+
+    Returns:
+        A row an experiment, task and metric: suite, task, model, method, label, setting, experiment, alike, metric,
+        value, low, high (95%), n, seeds, trainable_params, scale, base (how the base's weights are kept), and the
+        configuration's learning_rate, num_blocks.
+    """
+    named = experiments(suites).merge(suites.configs, on="run_id")
+    setting = suites.rows.drop_duplicates("run_id").set_index("run_id")["setting"]
+    bases = [_base(*pair) for pair in zip(named["quantise"], named["dtype"], strict=True)]
+    about = named.assign(setting=named["run_id"].map(setting), base=bases).drop_duplicates("experiment")
+    kept = ["suite", "model", "method", "label", "setting", "alike", "scale", "trainable_params"]
+    kept += ["learning_rate", "num_blocks", "base"]
+    known = about.set_index("experiment")[kept].to_dict("index")
+    rows = []
+    outcomes = suites.outcomes.merge(named[["run_id", "experiment"]], on="run_id")
+    for (experiment, task), items in outcomes.groupby(["experiment", "task"], sort=False):
+        same = {"experiment": experiment, "task": task} | known[experiment]
+        for metric in metrics_of(items):
+            found = score(items, metric)
+            interval = {"value": found.value, "low": found.low, "high": found.high}
+            rows.append(same | {"metric": metric} | interval | {"n": found.n, "seeds": found.seeds})
+    return pd.DataFrame(rows)
+
+
+def _base(quantise: object, dtype: str) -> str:
+    """The base of a configuration in words, from the JSON of its key ``quantise``."""
+    if not isinstance(quantise, str):
+        return dtype
+    found = json.loads(quantise)
+    return f"{found['bits']} bits, {found['method']}"
+
+
+def differences(suites: Suites) -> pd.DataFrame:
+    """Every experiment's scores minus DiaBlo's, over the problems and seeds that both have.
+
+    DiaBlo's is the one experiment with it that is alike in all but the method; of several (other N, other learning
+    rates) the one in the suite that is named after the task.
+
+    Returns:
+        A row a pair, task and metric: experiment, reference, task, metric, value, low, high (95%), n, seeds.
+    """
+    named = experiments(suites)
+    outcomes = suites.outcomes.merge(named, on="run_id")
+    about = named.merge(suites.configs, on="run_id").drop_duplicates("experiment").set_index("experiment")
+    rows = []
+    for (_, task), group in outcomes.groupby(["alike", "task"], sort=False):
+        reference = _reference(about.loc[group["experiment"].unique()], str(task))
+        if reference is None:
+            continue
+        second = group[group["experiment"] == reference]
+        for experiment, first in group.groupby("experiment", sort=False):
+            if experiment != reference and set(first["seed"]) & set(second["seed"]):
+                pair = {"experiment": experiment, "reference": reference, "task": task}
+                rows += [pair | found for found in _paired(first, second)]
+    columns = ["experiment", "reference", "task", "metric", "value", "low", "high", "n", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _reference(group: pd.DataFrame, task: str) -> Any:
+    candidates = group[group["method"] == REFERENCE]
+    if len(candidates) > 1:
+        candidates = candidates[candidates["suite"] == task]
+    return candidates.index[0] if len(candidates) == 1 else None
+
+
+def _paired(first: pd.DataFrame, second: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for metric in metrics_of(first):
+        found = paired_difference(first, second, metric)
+        yield {"metric": metric, "value": found.value, "low": found.low, "high": found.high} | {
+            "n": found.n,
+            "seeds": found.seeds,
+        }

@@ -1,0 +1,121 @@
+"""Figures of collected suites: what methods reach on each task, and what changes with how they are set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from diablo_theory.reporting.drawing import dots, line, plain_ticks
+from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
+from diablo_theory.reporting.tables import task_name
+
+LOSS = "held-out loss, nats/token"
+
+
+@styled
+def methods(table: pd.DataFrame, note: str) -> Figure:
+    """Exact match and held-out loss of every method with 95% intervals, a row of panels for each task.
+
+    Args:
+        table: The section ``methods``.
+        note: The line about the scale.
+    """
+    tasks = list(dict.fromkeys(table["task"]))
+    lines = max(table["task"].value_counts())
+    figure = Figure(figsize=(WIDTH, 0.4 + (0.85 + 0.22 * lines) * len(tasks)))
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    look = _looks(table)
+    for (left, right), task in zip(panels, tasks, strict=True):
+        same = table[table["task"] == task].reset_index(drop=True)
+        seeds, problems = same["seeds"].max(), same["n"].iloc[0]
+        dots(left, same, "exact_match", look, "{:.1f}")
+        left.set(title=f"{task_name(task)}, {problems} problems, {seeds} seeds", xlim=(-3, 118))
+        left.set_xticks(range(0, 101, 25))
+        # What was not trained can be far away; the axis shows the trained ones.
+        trained = same[same["method"] != "none"]
+        dots(right, same, "loss_per_token", look, "{:.3f}")
+        _fit(right, trained)
+        right.set_yticklabels([])
+    panels[-1, 0].set_xlabel("exact match, % (more is better)")
+    panels[-1, 1].set_xlabel(f"{LOSS} (less is better)")
+    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    return figure
+
+
+@styled
+def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
+    """Held-out loss over the learning rate and N, of the sparsity patterns, and on bases of 4 bits.
+
+    Args:
+        sections: From :func:`~.suite_tables.build_sections`; a panel for each of these four that is there.
+        note: The line about the scale.
+    """
+    drawers = {"learning_rates": _rates, "blocks": _blocks, "patterns": _rows, "bases": _rows}
+    present = [name for name in drawers if name in sections]
+    rows = (len(present) + 1) // 2
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * rows))
+    panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, name in zip(panels, present, strict=False):
+        drawers[name](axes, sections[name].reset_index(drop=True))
+        axes.set_title({"learning_rates": "Learning rate", "blocks": "Number of blocks"}.get(name, name.capitalize()))
+    for axes in panels[len(present) :]:
+        axes.set_axis_off()
+    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    return figure
+
+
+def _looks(table: pd.DataFrame) -> dict[str, Look]:
+    pairs = table[["label", "method"]].drop_duplicates().itertuples(index=False)
+    return looks([(str(label), str(method)) for label, method in pairs])
+
+
+def _fit(axes: Axes, table: pd.DataFrame) -> None:
+    low, high = table["loss_per_token_low"].min(), table["loss_per_token_high"].max()
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.3 * (high - low))
+
+
+def _curve(axes: Axes, table: pd.DataFrame, over: str, look: Look, label: str) -> None:
+    at = table.sort_values(over).set_index(over)
+    value = at["loss_per_token"]
+    ends = np.maximum([value - at["loss_per_token_low"], at["loss_per_token_high"] - value], 0)
+    axes.errorbar(at.index, value, yerr=ends, fmt="none", color=look.color, capsize=2)
+    line(axes, value, look, label)
+
+
+def _rates(axes: Axes, table: pd.DataFrame) -> None:
+    look = _looks(table)
+    for label, same in table.groupby("label", sort=False):
+        # Where a rate stands twice, the task's own suite has more seeds.
+        one_each = same.sort_values("seeds", ascending=False).drop_duplicates("learning_rate")
+        _curve(axes, one_each, "learning_rate", look[str(label)], str(label))
+    axes.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
+    plain_ticks(axes.xaxis, (1.0,))
+    axes.legend()
+
+
+def _blocks(axes: Axes, table: pd.DataFrame) -> None:
+    _curve(axes, table, "num_blocks", looks([("DiaBlo", "diablo")])["DiaBlo"], "DiaBlo")
+    axes.set(xscale="log", xlabel="N (parameters fall as 1/N)", ylabel=LOSS)
+    counts = sorted(table["num_blocks"])
+    axes.xaxis.set_major_locator(FixedLocator(counts))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(counts, [f"{count:g}" for count in counts])
+
+
+def _rows(axes: Axes, table: pd.DataFrame) -> None:
+    look = _looks(table)
+    named = table.assign(label=_with_base(table))
+    dots(axes, named, "loss_per_token", dict(zip(named["label"], table["label"].map(look), strict=True)), "{:.3f}")
+    _fit(axes, table)
+    axes.set_xlabel(f"{LOSS} (less is better)")
+
+
+def _with_base(table: pd.DataFrame) -> list[str]:
+    if len(set(table["base"])) == 1:
+        return list(table["label"])
+    return [f"{label}; {base}" for label, base in zip(table["label"], table["base"], strict=True)]

@@ -1,0 +1,127 @@
+"""Tables of collected suites: which experiments stand beside each other, as numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from diablo_theory.reporting.comparisons import differences, scores
+from diablo_theory.reporting.suites import Suites
+from diablo_theory.reporting.tables import interval, task_name
+
+#: Metrics of a table, with their heading, digits, and heading and digits of the difference.
+SHOWN = {
+    "exact_match": ("Exact match, %", 1),
+    "likelihood": ("By likelihood, %", 1),
+    "loss_per_token": ("Held-out loss, nats/token", 4),
+}
+LESS = {"exact_match": ("less DiaBlo, points", 1), "loss_per_token": ("less DiaBlo, nats/token", 4)}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: whole suites, and beside them methods from the suite that is named after the task.
+
+    Attributes:
+        title: What is compared.
+        suites: Suites that the table holds; none: those named after their tasks.
+        beside: Methods of the task's own suite that stand first.
+    """
+
+    title: str
+    suites: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
+SECTIONS = {
+    "methods": Section("Methods at equal numbers of trainable parameters"),
+    "blocks": Section("Number of blocks", ("blocks",), ("diablo",)),
+    "patterns": Section("Sparsity patterns at equal counts", ("patterns",), ("diablo",)),
+    "bases": Section("Bases of 4 bits", ("quantised",), ("diablo", "lora")),
+    "learning_rates": Section("Learning rates", ("learning_rate",), ("diablo", "lora")),
+}
+
+
+def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
+    """The experiments of every section that has some, as numbers; suites of no section are one each.
+
+    Returns:
+        For each section a frame, a row an experiment and task: what :func:`~.comparisons.scores` says of the
+        experiment; value, low, high of each metric as ``exact_match``, ``exact_match_low``, ...; and of the difference
+        to DiaBlo as ``exact_match_less``, ``exact_match_less_low``, ...
+    """
+    less = differences(suites).drop(columns=["reference", "n", "seeds"])
+    wide = _wide(scores(suites), "").join(_wide(less, "_less")).reset_index()
+    own = wide["suite"] == wide["task"]
+    found = {}
+    for name, section in SECTIONS.items():
+        inside = wide["suite"].isin(section.suites) if section.suites else own
+        chosen = pd.concat([wide[own & wide["method"].isin(section.beside)], wide[inside]])
+        # What stands beside is shown for the tasks that the suites have.
+        chosen = chosen[chosen["task"].isin(wide.loc[inside, "task"])]
+        if inside.any():
+            found[name] = _ordered(chosen.drop_duplicates(["experiment", "task"]))
+    named = {suite for section in SECTIONS.values() for suite in section.suites}
+    for suite, frame in wide[~own & ~wide["suite"].isin(named)].groupby("suite", sort=False):
+        found[str(suite)] = _ordered(frame)
+    return found
+
+
+def title(name: str) -> str:
+    """What a section compares."""
+    return SECTIONS[name].title if name in SECTIONS else task_name(name)
+
+
+def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:
+    """A row an experiment and task: the metrics side by side, and what is the same for all of them."""
+    key = ["experiment", "task"]
+    # Unlike pivot_table it refuses two values for one place.
+    numbers = long.pivot(index=key, columns="metric", values=["value", "low", "high"])  # noqa: PD010
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    numbers.columns = numbers.columns.map(lambda pair: f"{pair[1]}{suffix}{ends[pair[0]]}")
+    same = long.drop(columns=["metric", "value", "low", "high"]).drop_duplicates(key).set_index(key)
+    return same.join(numbers)
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Tasks in order of appearance; within each, the untouched model, full fine-tuning, DiaBlo, and the others."""
+    first = {"none": 0, "full": 1, "diablo": 2}
+    tasks = {task: place for place, task in enumerate(dict.fromkeys(frame["task"]))}
+    order = frame.assign(
+        _task=frame["task"].map(tasks),
+        _base=frame["base"] != frame["base"].iloc[0],
+        _method=frame["method"].map(lambda method: first.get(method, 3)),
+    )
+    order = order.sort_values(["_task", "_base", "_method", "method", "num_blocks", "learning_rate"], kind="stable")
+    return order.drop(columns=["_task", "_base", "_method"]).reset_index(drop=True)
+
+
+def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
+    """A section in words.
+
+    Args:
+        frame: What :func:`build_sections` gave.
+    """
+    table = pd.DataFrame({"Task": frame["task"].map(task_name), "Method": frame["label"]})
+    if len(set(frame["base"])) > 1:
+        table["Base"] = frame["base"]
+    table["Trainable"] = frame["trainable_params"].map(lambda count: f"{int(count):,}")
+    table["Learning rate"] = [
+        "—" if method == "none" else f"{rate:.3g}"
+        for method, rate in zip(frame["method"], frame["learning_rate"], strict=True)
+    ]
+    for metric, (heading, digits) in SHOWN.items():
+        if metric in frame and frame[metric].notna().any():
+            table[heading] = _intervals(frame, metric, digits)
+    for metric, (heading, digits) in LESS.items():
+        if f"{metric}_less" in frame and frame[f"{metric}_less"].notna().any():
+            table[heading] = _intervals(frame, f"{metric}_less", digits, sign=True)
+    table["Problems"] = frame["n"].map(str)
+    table["Seeds"] = frame["seeds"].map(str)
+    return table
+
+
+def _intervals(frame: pd.DataFrame, name: str, digits: int, *, sign: bool = False) -> list[str]:
+    numbers = zip(frame[name], frame[f"{name}_low"], frame[f"{name}_high"], strict=True)
+    return [interval(*triple, digits, sign=sign) for triple in numbers]

@@ -1,0 +1,105 @@
+"""Sections of collected suites, from outcomes that are made up."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diablo_theory.reporting.style import save
+from diablo_theory.reporting.suite_plots import methods, settings
+from diablo_theory.reporting.suite_tables import build_sections, readable_section, title
+from diablo_theory.reporting.suites import Suites
+
+BASE = {"train_on": "word_problems", "num_blocks": 64, "learning_rate": 1e-2, "quantise": None, "dtype": "float32"}
+FOUR = json.dumps({"method": "rtn", "bits": 4})
+RUNS = [  # suite, method, label, what differs
+    ("word_problems", "none", "Untouched model", {}),
+    ("word_problems", "diablo", "DiaBlo N=64", {}),
+    ("word_problems", "lora", "LoRA r=5", {"learning_rate": 3e-3}),
+    ("boolq", "lora", "LoRA r=5", {"train_on": "boolq", "learning_rate": 3e-3}),
+    ("blocks", "diablo", "DiaBlo N=8", {"num_blocks": 8}),
+    ("patterns", "random-rows", "Random rows", {}),
+    ("learning_rate", "diablo", "DiaBlo N=64", {"learning_rate": 1e-3}),
+    ("learning_rate", "lora", "LoRA r=5", {"learning_rate": 1e-3}),
+    ("quantised", "diablo", "DiaBlo N=64", {"quantise": FOUR}),
+    ("quantised", "lora", "LoRA r=5", {"quantise": FOUR, "learning_rate": 3e-3}),
+]
+SHARE = {"none": 0.1, "diablo": 0.6, "lora": 0.5, "random-rows": 0.3}
+
+
+def made_up(runs=RUNS, seeds=(0, 1)) -> Suites:
+    rng = np.random.default_rng(0)
+    configs, outcomes = [], []
+    for suite, method, label, differs in runs:
+        for seed in seeds if method != "none" else seeds[:1]:
+            run_id = f"{suite}/{method}-{'-'.join(map(str, differs.values()))}-seed={seed}"
+            config = {"run_id": run_id, "suite": suite, "model": "small", "method": method, "seed": seed} | BASE
+            configs.append(config | {"scale": "small"} | differs | {"label": label, "trainable_params": 1_000})
+            task = differs.get("train_on", "word_problems")
+            items = pd.DataFrame({"item": range(20), "tokens": 2})
+            items["cluster"] = items["prompt"] = items["answer"] = items["item"].astype(str)
+            items["exact"] = (rng.random(20) < SHARE[method]).astype(float)
+            items["loss_sum"] = 2 - SHARE[method] + rng.random(20)
+            if task == "boolq":
+                items["likelihood"] = items["exact"]
+            outcomes.append(items.assign(run_id=run_id, task=task, seed=seed, label=label))
+    frame = pd.DataFrame(configs)
+    rows = frame[["run_id"]].assign(setting=frame["label"])
+    return Suites(rows, frame, pd.concat(outcomes, ignore_index=True))
+
+
+@pytest.fixture(scope="module")
+def sections():
+    return build_sections(made_up())
+
+
+def test_every_suite_lands_in_its_section_with_what_it_is_compared_with(sections):
+    assert {name: list(frame["label"]) for name, frame in sections.items()} == {
+        "methods": ["Untouched model", "DiaBlo N=64", "LoRA r=5", "LoRA r=5"],
+        "blocks": ["DiaBlo N=8", "DiaBlo N=64"],
+        "patterns": ["DiaBlo N=64", "Random rows"],
+        "bases": ["DiaBlo N=64", "LoRA r=5"] * 2,
+        "learning_rates": ["DiaBlo N=64"] * 2 + ["LoRA r=5"] * 2,
+    }
+
+
+def test_differences_are_to_diablo_on_the_same_base(sections):
+    bases = sections["bases"].set_index(["base", "method"])
+    for base in ("float32", "4 bits, rtn"):
+        gap = bases.loc[(base, "lora"), "exact_match"] - bases.loc[(base, "diablo"), "exact_match"]
+        assert bases.loc[(base, "lora"), "exact_match_less"] == pytest.approx(gap)
+        assert np.isnan(bases.loc[(base, "diablo"), "exact_match_less"])
+
+
+def test_words(sections):
+    words = {name: readable_section(frame) for name, frame in sections.items()}
+    table = words["methods"].set_index(["Task", "Method"])
+    assert table.loc[("Word problems", "Untouched model"), "Learning rate"] == "—"
+    assert table.loc[("Word problems", "DiaBlo N=64"), "less DiaBlo, points"] == "—"
+    assert table.loc[("Word problems", "LoRA r=5"), "less DiaBlo, points"][0] in "+−"
+    assert table.loc[("Boolq", "LoRA r=5"), "By likelihood, %"] != "—"
+    assert "By likelihood, %" not in words["patterns"]
+    assert list(words["bases"]["Base"]) == ["float32"] * 2 + ["4 bits, rtn"] * 2
+
+
+def test_a_section_without_runs_is_left_out():
+    found = build_sections(made_up(RUNS[:3]))
+    assert list(found) == ["methods"]
+
+
+def test_a_suite_of_no_section_is_one_of_its_own():
+    runs = [("commonsense", *run[1:]) for run in RUNS[1:3]]
+    found = build_sections(made_up(runs))
+    assert list(found) == ["commonsense"]
+    assert title("commonsense") == "Commonsense"
+    assert "less DiaBlo, points" in readable_section(found["commonsense"])
+
+
+def test_figures_are_drawn_twice_alike(sections, tmp_path):
+    for name, draw in (
+        ("methods", lambda: methods(sections["methods"], "")),
+        ("settings", lambda: settings(sections, "")),
+    ):
+        one, two = (save(draw(), tmp_path / folder, name) for folder in ("one", "two"))
+        assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
