@@ -41,22 +41,36 @@ to rounding; full and GaLore train the base weight. These six cannot serve a qua
 half precision, AdaLoRA, RandLoRA and SHiRA need autocast (peft multiplies what it has not cast).
 """
 
-from diablo_theory.methods.families import FAMILIES, GRADIENT_GROUPS, Family, Method, changes_base, has_adapter
-from diablo_theory.methods.prepare import Prepared, nearest_knob, prepare
+from diablo_theory.methods.families import (
+    FAMILIES,
+    GRADIENT_GROUPS,
+    WITHOUT_ADAPTER,
+    Family,
+    Method,
+    changes_base,
+    has_adapter,
+)
+from diablo_theory.methods.prepare import Prepared, check_options, prepare, why_unquantised
+from diablo_theory.methods.sizes import knob_of, label_of, nearest_knob
 from diablo_theory.methods.state import load_trainable_state, trainable_state
 from diablo_theory.methods.targets import target_layers
 
 __all__ = [
     "FAMILIES",
     "GRADIENT_GROUPS",
+    "WITHOUT_ADAPTER",
     "Family",
     "Method",
     "Prepared",
     "changes_base",
+    "check_options",
     "has_adapter",
+    "knob_of",
+    "label_of",
     "load_trainable_state",
     "nearest_knob",
     "prepare",
     "target_layers",
     "trainable_state",
+    "why_unquantised",
 ]

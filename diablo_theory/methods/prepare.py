@@ -14,7 +14,8 @@ from torch import nn
 from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.methods.families import FAMILIES, WITHOUT_ADAPTER, Choice, Family, has_adapter
 from diablo_theory.methods.optimizers import MakeOptimizer, galore_class, optimizer_of
-from diablo_theory.methods.places import PATTERNS, block_parameters
+from diablo_theory.methods.places import PATTERNS
+from diablo_theory.methods.sizes import knob_of, label_of
 from diablo_theory.methods.starts import Batch, after_injection, before_injection, calibration_batches
 from diablo_theory.methods.targets import entries, is_quantised, target_layers
 
@@ -49,30 +50,6 @@ class Prepared:
     groups: Mapping[str, str] = field(default_factory=dict)
     optimizer: MakeOptimizer | None = None
     after_step: Callable[[int], None] | None = None
-
-
-def nearest_knob(family: Family, layers: Sequence[Any], budget: int) -> int:
-    """The knob, one for all layers, whose parameter count is nearest to a budget (the smaller on a tie).
-
-    DEVIATION(lora-budget): the paper compares configurations whose rounded percentages are near; here DiaBlo's count
-    decides, and all counts are printed.
-
-    Args:
-        family: The adapter.
-        layers: The adapted layers, each with ``in_features`` and ``out_features``.
-        budget: Trainable parameters to come close to.
-
-    Returns:
-        At least 1 (a rank, a block size), at most the smallest size of a layer.
-
-    Raises:
-        ConfigError: If no knob fits all layers.
-    """
-    sizes = [(layer.in_features, layer.out_features) for layer in layers]
-    knobs = [k for k in range(1, min(map(min, sizes)) + 1) if all(family.fits(k, *size) for size in sizes)]
-    if not knobs:
-        raise ConfigError(f"target_modules: no {family.label.format('...')} fits all of the matrices")
-    return min(knobs, key=lambda knob: abs(sum(family.count(knob, *size) for size in sizes) - budget))
 
 
 def prepare(
@@ -123,12 +100,13 @@ def prepare(
     targets = target_layers(model, target_modules)
     family = FAMILIES.get(method)
     dtype = _dtype(adapter_dtype)
-    _check(method, family, targets, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)
-    total = entries(model)
-    if family is None:
-        label = _without_adapter(model, method, targets)
+    check_options(method, alpha=alpha, dropout=dropout)
+    _check(method, family, targets, dtype)
+    knob = knob_of(method, targets, num_blocks, rank)
+    total, label = entries(model), label_of(method, knob)
+    if family is None or knob is None:
+        _without_adapter(model, method, targets)
         return Prepared(model, label, _trainable(model), total, groups=WITHOUT_ADAPTER[method])
-    knob = _knob(method, family, targets, num_blocks, rank)
     scale = 0.0 if family.alpha is None else family.alpha(knob) if alpha is None else float(alpha)
     choice = Choice(knob, scale, dropout, seed, steps)
     if family.config is not None:
@@ -138,30 +116,32 @@ def prepare(
     else:
         _without_adapter(model, "full", targets)
     optimizer = optimizer_of(method, model, knob, scale)
-    label, after_step = family.label.format(knob), _after_step(model, method)
+    after_step = _after_step(model, method)
     return Prepared(model, label, _trainable(model), total, knob, family.groups, optimizer, after_step)
 
 
-def _check(
-    method: str,
-    family: Family | None,
-    targets: Mapping[str, Any],
-    *,
-    rank: int | None,
-    alpha: float | None,
-    dropout: float,
-    dtype: torch.dtype | None,
-) -> None:
-    """Refuse what does not go together, before anything is changed."""
-    if rank is not None and (family is None or family.sized_by_blocks):
-        instead = "num_blocks gives its size" if family else "it has no size to choose"
-        raise ConfigError(f"rank={rank} does not go with method {method}: {instead}")
+def check_options(method: str, *, alpha: float | None = None, dropout: float = 0.0) -> None:
+    """Refuse options that do not go with a known method, whatever the model.
+
+    Args:
+        method: As :func:`prepare` takes it.
+        alpha: Likewise.
+        dropout: Likewise.
+
+    Raises:
+        ConfigError: If an option does not go with it.
+    """
+    family = FAMILIES.get(method)
     if alpha is not None and (family is None or family.alpha is None):
         raise ConfigError(f"alpha={alpha} does not go with method {method}, which has no such factor")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}")
     if dropout and (family is None or not family.dropout):
         raise ConfigError(f"dropout={dropout} does not go with method {method}, which has no adapter input to drop")
+
+
+def _check(method: str, family: Family | None, targets: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    """Refuse what does not go together, before anything is changed."""
     if dtype is not None and not has_adapter(method):
         raise ConfigError(f"adapter_dtype={dtype} does not go with method {method}, which has no adapter")
     if method == "galore":
@@ -177,7 +157,14 @@ def _why_unquantised(method: str, family: Family | None, layer: nn.Module) -> st
         return ""
     if method == "dora" and type(layer).__name__ == "Linear8bitLt":
         return "after a step with peft 0.21's DoRA, bitsandbytes 0.50 misses the scales of its 8-bit weight"
-    return family.unquantised if family else "it trains the base weight itself"
+    return why_unquantised(method)
+
+
+def why_unquantised(method: str) -> str:
+    """Why a known method cannot serve any base whose weights are stored quantised; "" where it can."""
+    if method in FAMILIES:
+        return FAMILIES[method].unquantised
+    return "" if method == "none" else "it trains the base weight itself"
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
@@ -187,30 +174,12 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _knob(method: str, family: Family, targets: Mapping[str, Any], num_blocks: int, rank: int | None) -> int:
-    layers = list(targets.values())
-    budget = sum(block_parameters(num_blocks, layer.in_features, layer.out_features) for layer in layers)
-    if family.sized_by_blocks:
-        return num_blocks
-    if rank is None:
-        return nearest_knob(family, layers, budget)
-    if rank < 1:
-        raise ConfigError(f"rank must be at least 1, got {rank}")
-    for name, layer in targets.items():
-        if not family.fits(rank, layer.in_features, layer.out_features):
-            size = f"{layer.in_features} x {layer.out_features}"
-            raise ConfigError(f"rank={rank} is not possible with method {method} for {name} ({size})")
-    return rank
-
-
-def _without_adapter(model: nn.Module, method: str, targets: Mapping[str, Any]) -> str:
-    """Freeze everything but, for ``full``, the targets' weights; returns the label."""
+def _without_adapter(model: nn.Module, method: str, targets: Mapping[str, Any]) -> None:
+    """Freeze everything but, for ``full``, the targets' weights."""
     model.requires_grad_(False)
-    if method == "none":
-        return "Untouched model"
-    for layer in targets.values():
-        layer.weight.requires_grad_(True)
-    return "Full fine-tuning"
+    if method == "full":
+        for layer in targets.values():
+            layer.weight.requires_grad_(True)
 
 
 def _with_pattern(

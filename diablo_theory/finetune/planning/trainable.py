@@ -87,11 +87,13 @@ def trained(shapes: Shapes, work: Work) -> Trained:
     """What the work's method trains.
 
     Raises:
-        ConfigError: If a target matches nothing or is no matrix of a decoder layer, or N does not fit.
+        ConfigError: If a target matches nothing or is no matrix of a decoder layer, N or the rank does not fit, or
+            an option does not go with the method: what a run refuses too.
     """
     try:
         layers = methods.target_layers(shapes.network, work.target_modules)
-        knob = _knob(work, list(layers.values()))
+        methods.check_options(work.method, dropout=work.dropout)
+        knob = methods.knob_of(work.method, layers, work.num_blocks, work.rank) or 0
         found = [_target(work, knob, name, layer) for name, layer in layers.items()]
         quoted = sum(_count(work, knob, *_quoted_size(shapes, target)) for target in found)
     except (TypeError, ValueError) as error:
@@ -99,7 +101,7 @@ def trained(shapes: Shapes, work: Work) -> Trained:
     parameters = sum(target.parameters for target in found)
     return Trained(
         method=work.method,
-        label=_label(work.method, knob),
+        label=methods.label_of(work.method, knob),
         knob=knob,
         targets=tuple(found) if work.method != "none" else (),
         parameters=parameters,
@@ -116,16 +118,6 @@ def trained(shapes: Shapes, work: Work) -> Trained:
 def _is_additive(work: Work) -> bool:
     sharded = work.sharding == "fsdp" and work.devices > 1
     return work.method == "diablo-additive" or (work.method == "diablo" and (work.dropout > 0 or sharded))
-
-
-def _knob(work: Work, layers: list[nn.Linear]) -> int:
-    if work.method in ("none", "full"):
-        return 0
-    diablo, family = methods.FAMILIES["diablo"], methods.FAMILIES[work.method]
-    if family.sized_by_blocks:
-        return work.num_blocks
-    budget = sum(diablo.count(work.num_blocks, layer.in_features, layer.out_features) for layer in layers)
-    return work.rank or methods.nearest_knob(family, layers, budget)
 
 
 def _count(work: Work, knob: int, m1: int, m2: int) -> int:
@@ -148,9 +140,3 @@ def _target(work: Work, knob: int, name: str, layer: nn.Linear) -> Target:
 
 def _quoted_size(shapes: Shapes, target: Target) -> tuple[int, int]:
     return target.m1, shapes.heads * shapes.head_dim if target.name in ("k_proj", "v_proj") else target.m2
-
-
-def _label(method: str, knob: int) -> str:
-    if method in ("none", "full"):
-        return {"none": "Untouched model", "full": "Full fine-tuning"}[method]
-    return methods.FAMILIES[method].label.format(knob)

@@ -92,7 +92,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        known_methods = ["none", "full", *methods.FAMILIES]
+        known_methods = [*methods.WITHOUT_ADAPTER, *methods.FAMILIES]
         choices = {
             "method": known_methods,
             "dtype": list(DTYPE_BYTES),

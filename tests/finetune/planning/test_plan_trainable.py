@@ -1,9 +1,8 @@
 import dataclasses
-import types
 
 import pytest
 from llamas import TINY, Case
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError
@@ -106,12 +105,35 @@ def test_galore_trains_whole_weights_with_small_moments(monkeypatch):
     assert not found.is_derived
 
 
-def test_families_that_are_sized_by_blocks_take_n(monkeypatch):
-    pattern = types.SimpleNamespace(label="Pattern N={}", count=lambda n, m1, m2: m1 * m2 // n, sized_by_blocks=True)
-    monkeypatch.setitem(methods.FAMILIES, "random-entries", pattern)
+def test_families_that_are_sized_by_blocks_take_n():
     found = counted("SmolLM2-135M", method="random-entries", num_blocks=32)
-    assert (found.knob, found.label) == (32, "Pattern N=32")
+    assert (found.knob, found.label) == (32, "Random entries N=32")
     assert found.parameters == counted("SmolLM2-135M", num_blocks=32).parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("diablo", {"rank": 8}),
+        ("full", {"rank": 8}),
+        ("random-rows", {"rank": 8}),
+        ("c3a", {"rank": 7}),
+        ("adalora", {"rank": 1}),
+        ("bone", {"dropout": 0.1}),
+        ("full", {"dropout": 0.1}),
+        ("lora", {"num_blocks": 33}),
+    ],
+)
+def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(method, options, tmp_path):
+    config = LlamaConfig(**TINY)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r".") as refused:
+        methods.prepare(
+            LlamaForCausalLM(config), method, target_modules=["q_proj"], seed=0, **{"num_blocks": 4} | options
+        )
+    with pytest.raises(ConfigError) as said:
+        counted(str(tmp_path), method=method, target_modules=("q_proj",), **{"num_blocks": 4} | options)
+    assert str(said.value) == str(refused.value)
 
 
 def test_targets_that_match_nothing_or_the_wrong_thing():
