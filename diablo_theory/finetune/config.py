@@ -89,6 +89,12 @@ class RunConfig(BaseModel):
         return self
 
     @property
+    def train_limit(self) -> int | None:
+        """Training examples that are read at most; None for all."""
+        most = None if self.steps is None else self.steps * self.batch_size
+        return min(filter(None, (self.train_items, most)), default=None)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What makes this run another run, ready for JSON."""
         return {key: value for key, value in self.model_dump(mode="json").items() if key not in ELSEWHERE}

@@ -69,9 +69,7 @@ def read_problems(config: RunConfig, *, train: bool = True) -> Problems:
     """
     ready = {name: check() for name in config.evaluate_on if (check := TASKS[name].ready)}
     options: dict[str, Any] = {"seed": config.seed, "protocol": config.protocol, "data_root": config.data_root}
-    most = None if config.steps is None else config.steps * config.batch_size
-    count = min(filter(None, (config.train_items, most)), default=None)
-    wanted = Wanted("train", count, **options)
+    wanted = Wanted("train", config.train_limit, **options)
     learning = TASKS[config.train_on].examples(wanted) if train and config.method != "none" else []
     score = {
         name: TASKS[name].examples(Wanted(config.eval_split, config.eval_items, scoring=True, **options))

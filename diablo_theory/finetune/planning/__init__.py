@@ -1,6 +1,6 @@
 """What a fine-tuning run costs, computed before it is started: parameters, operations, memory, time."""
 
-from diablo_theory.finetune.planning.datasets import DATASETS, Dataset, work_on
+from diablo_theory.finetune.planning.datasets import DATASETS, Dataset
 from diablo_theory.finetune.planning.describe import duration, header
 from diablo_theory.finetune.planning.devices import DEVICES, Device, device
 from diablo_theory.finetune.planning.estimate import Plan, plan
@@ -33,5 +33,4 @@ __all__ = [
     "step_flops",
     "trained",
     "work_of",
-    "work_on",
 ]

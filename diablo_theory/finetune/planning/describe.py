@@ -59,6 +59,7 @@ def _work_rows(plan: Plan) -> Iterator[Row]:
             "as asked for"
             if work.steps
             else f"{work.epochs:g} epochs of {work.examples:,} examples / {work.batch_size}"
+            + (", whole batches alone" if work.drop_last else "")
         ),
     )
     yield (
@@ -136,8 +137,13 @@ def duration(low: float, high: float) -> str:
     for unit, seconds in (("days", 86_400 * 2), ("h", 3600 * 2), ("min", 120)):
         if high >= seconds:
             size = seconds / 2 if unit != "min" else 60
-            return f"{low / size:.2g} to {high / size:.2g} {unit}"
-    return f"{low:.2g} to {high:.2g} s"
+            return f"{_two_digits(low / size)} to {_two_digits(high / size)} {unit}"
+    return f"{_two_digits(low)} to {_two_digits(high)} s"
+
+
+def _two_digits(number: float) -> str:
+    """Two significant digits, or all before the point: from 99.5 on ``g`` would write an exponent."""
+    return f"{number:.0f}" if number >= 99.5 else f"{number:.2g}"
 
 
 def _devices(plan: Plan) -> str:

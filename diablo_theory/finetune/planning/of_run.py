@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
+from diablo_theory import methods
+from diablo_theory.errors import ConfigError, DataUnavailableError
 from diablo_theory.finetune.config import RunConfig
-from diablo_theory.finetune.planning.datasets import DATASETS
+from diablo_theory.finetune.planning.datasets import DATASETS, TEST_SIZES
 from diablo_theory.finetune.planning.work import Sharding, Work
-from diablo_theory.finetune.tasks import TASKS, Wanted
+from diablo_theory.finetune.tasks import TASKS, Example, Split, Wanted
 
-#: Problems of the published test sets. Source: protocols of LLM-Adapters, GSM8K, MATH, HumanEval, HEx-PHI.
-TEST_SIZES = {
-    "boolq": 3270,
-    "piqa": 1838,
-    "social_i_qa": 1954,
-    "hellaswag": 10_042,
-    "winogrande": 1267,
-    "arc_easy": 2376,
-    "arc_challenge": 1172,
-    "openbookqa": 500,
-    "gsm8k": 1319,
-    "gsm8k_metamath": 1319,
-    "gsm8k_math10k": 1319,
-    "math": 5000,
-    "svamp": 1000,
-    "mawps": 238,
-    "aqua": 254,
-    "humaneval": 164,
-    "hexphi": 330,
-}
 #: Where no tokenizer is asked: English text has about so many characters a token.
 CHARACTERS = 4
 #: Examples that lengths are taken from, where a training set's are not known.
@@ -44,10 +28,12 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
         sharding: ``ddp`` or ``fsdp``.
 
     Raises:
-        ConfigError: If the data's size is not known and they are not at hand.
+        ConfigError: If the data's size is not known and they are not at hand, or an option does not go with the
+            method.
     """
+    methods.check_options(config.method, alpha=config.alpha, dropout=config.dropout)
     decodings = [TASKS[name].decoding[config.protocol] for name in config.evaluate_on]
-    items = [_items(config, name) for name in config.evaluate_on]
+    samples = max(decoding.samples for decoding in decodings)
     return Work(
         model=config.model,
         method=config.method,
@@ -56,6 +42,7 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
         target_modules=config.target_modules,
         epochs=config.epochs or 1.0,
         steps=config.steps,
+        drop_last=config.drop_last,
         batch_size=config.batch_size,
         micro_batch=config.micro_batch_size,
         dtype=config.dtype,
@@ -65,36 +52,79 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
         logits="answers" if config.loss_on == "answer" else "all",
         devices=devices,
         sharding=sharding,
-        eval_items=sum(items),
+        eval_items=sum(_items(config, name) for name in config.evaluate_on),
         new_tokens=max(decoding.max_new_tokens for decoding in decodings),
         beams=max(decoding.beams for decoding in decodings),
-        samples=max(decoding.samples for decoding in decodings),
-        eval_batch_size=config.eval_batch_size,
+        samples=samples,
+        # A run batches problems, each with all its samples.
+        eval_batch_size=config.eval_batch_size * samples,
         **_sizes(config),
     )
 
 
-def _items(config: RunConfig, task: str) -> int:
-    known = TEST_SIZES.get(task, config.eval_items)
-    most = [size for size in (known, config.eval_items) if size is not None]
-    return min(most) if most else len(TASKS[task].examples(Wanted(config.eval_split, data_root=config.data_root)))
+def _items(config: RunConfig, name: str) -> int:
+    """Problems of a task that a run scores."""
+    task, most = TASKS[name], config.eval_items
+    if config.eval_split == "test" and name in TEST_SIZES:
+        scored = task.scored(TEST_SIZES[name], config.protocol)
+        return min(scored, most or scored)
+    if most is not None and not task.bounded:
+        return most
+    return len(_read(config, name, config.eval_split, most, scoring=True))
 
 
 def _sizes(config: RunConfig) -> dict[str, Any]:
     """Examples and their lengths: stated ones, or those of the data at hand."""
-    if (known := DATASETS.get(config.train_on)) is not None:
-        return {
-            "examples": min(known.examples, config.train_items or known.examples),
-            "prompt_tokens": known.prompt_tokens,
-            "answer_tokens": known.answer_tokens,
-            "padding": known.padding,
-            "max_tokens": min(known.max_tokens, config.max_length),
-        }
-    count = config.train_items or (config.steps or 1) * config.batch_size
-    wanted = Wanted("train", min(count, LOOKED_AT), config.seed, config.protocol, data_root=config.data_root)
-    examples = TASKS[config.train_on].examples(wanted)
-    mean = {
-        "prompt_tokens": sum(len(example.prompt) for example in examples) / len(examples) / CHARACTERS,
-        "answer_tokens": 1 + sum(len(example.answer) for example in examples) / len(examples) / CHARACTERS,
-    }
-    return {"examples": count, "max_tokens": None} | mean
+    known, stated = DATASETS.get(config.train_on), _stated(config)
+    count = config.train_limit if stated is None else min(stated, LOOKED_AT)
+    read = [] if known and stated else _read(config, config.train_on, "train", count)
+    sizes: dict[str, Any] = {"examples": stated or len(read)}
+    if known is not None:
+        lengths = _cut(known.prompt_tokens, known.answer_tokens, config.max_length)
+        most = min(known.max_tokens, config.max_length)
+        padding = max(1.0, min(known.padding, most / sum(lengths)))
+        sizes |= {"padding": padding, "max_tokens": max(2, most), "eval_prompt_tokens": known.prompt_tokens}
+    else:
+        looked_at = read[:LOOKED_AT]
+        prompt, answer = (_tokens([getattr(one, part) for one in looked_at]) for part in ("prompt", "answer"))
+        lengths = _cut(prompt, 1 + answer, config.max_length)
+        sizes |= {"max_tokens": None, "eval_prompt_tokens": prompt}
+    return sizes | dict(zip(("prompt_tokens", "answer_tokens"), lengths, strict=True))
+
+
+def _stated(config: RunConfig) -> int | None:
+    """Training examples that a run reads, where that is known without them."""
+    known, most = DATASETS.get(config.train_on), config.train_limit
+    if not TASKS[config.train_on].bounded:
+        return most
+    if known is None:
+        return None
+    if (there := known.trained_on(config.protocol)) is not None:
+        return min(there, most or there)
+    # The clean protocol holds a tenth back, by chance a little more or less, and never half.
+    return most if most is not None and most <= known.examples // 2 else None
+
+
+def _read(
+    config: RunConfig, name: str, split: Split, count: int | None, *, scoring: bool = False
+) -> Sequence[Example]:
+    wanted = Wanted(split, count, config.seed, config.protocol, scoring, config.data_root)
+    try:
+        found = TASKS[name].examples(wanted)
+    except DataUnavailableError as error:
+        raise ConfigError(
+            f"{name}: without the data it is not known how many problems there are, nor how long: {error}"
+        ) from error
+    if not found:
+        raise ConfigError(f"{name} has no {split} problems")
+    return found
+
+
+def _tokens(texts: Sequence[str]) -> float:
+    return fmean(map(len, texts)) / CHARACTERS
+
+
+def _cut(prompt: float, answer: float, most: int) -> tuple[float, float]:
+    """Lengths of an example that is cut as :func:`finetune.data.encode` does: its answer's end, then its prompt."""
+    answer = min(answer, max(1.0, most - prompt))
+    return min(prompt, max(1.0, most - answer)), answer

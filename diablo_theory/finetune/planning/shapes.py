@@ -137,11 +137,6 @@ class Shapes:
         """Entries of one layer's matrices: multiplications for one token."""
         return sum(m1 * m2 for m1, m2 in self.matrices.values())
 
-    @property
-    def grouped(self) -> bool:
-        """Several query heads share a key and value head."""
-        return self.kv_heads < self.heads
-
 
 def model_shapes(name_or_path: str) -> Shapes:
     """The shapes of a causal language model; nothing but a configuration is read.
@@ -167,7 +162,15 @@ def model_shapes(name_or_path: str) -> Shapes:
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise ModelUnavailableError(f"the configuration of {name_or_path!r} cannot be read: {said}") from error
-    return _from_config(name_or_path, "local folder" if folder.is_dir() else "hub", config)
+    try:
+        return _from_config(name_or_path, "local folder" if folder.is_dir() else "hub", config)
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # no such class, or other keys than Llama's
+        said = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {name_or_path!r} ({config.model_type}) is no causal language model built like Llama: {said}"
+        ) from error
 
 
 def _names() -> list[str]:

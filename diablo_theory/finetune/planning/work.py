@@ -8,10 +8,14 @@ from typing import Literal, get_args
 
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, nearest
+from diablo_theory.finetune.data import number_of_steps
 
 #: As in the authors' Llama scripts.
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+#: Of lengths that are computed, in tokens.
+ROUNDING = 1e-6
 
 Logits = Literal["answers", "all"]
 Sharding = Literal["ddp", "fsdp"]
@@ -40,6 +44,7 @@ class Work:
         max_tokens: Tokens of the longest example: what memory must hold. Left out, the mean computed length.
         epochs: Passes over the examples.
         steps: Optimizer steps, instead of epochs.
+        drop_last: An epoch has whole batches only; otherwise batches go on into the next one.
         batch_size: Examples of one optimizer step, over all devices.
         micro_batch: Examples that one device holds at once; left out, ``batch_size / devices``.
         dtype: Of weights and activations.
@@ -52,7 +57,7 @@ class Work:
         devices: How many.
         sharding: ``ddp`` (each device holds everything) or ``fsdp`` (weights, gradients and states are divided).
         eval_items: Problems to decode; 0 for none.
-        eval_prompt_tokens: Mean tokens of their prompts; left out, ``prompt_tokens``.
+        eval_prompt_tokens: Mean tokens of their prompts, which are never cut; left out, ``prompt_tokens``.
         new_tokens: Tokens decoded for each.
         beams: Beams of a beam search.
         samples: Samples of each problem.
@@ -74,6 +79,7 @@ class Work:
     max_tokens: int | None = None
     epochs: float = 1.0
     steps: int | None = None
+    drop_last: bool = False
     batch_size: int = 16
     micro_batch: int | None = None
     dtype: str = "bfloat16"
@@ -105,6 +111,8 @@ class Work:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest(str(value), allowed)}"
                 )
+        if self.drop_last and self.examples < self.batch_size:
+            raise ConfigError(f"with drop_last examples must fill a batch of {self.batch_size}, got {self.examples}")
         if self.batch_size % (self.micro * self.devices):
             raise ConfigError(
                 f"batch_size must be a multiple of micro_batch * devices = {self.micro} * {self.devices}, "
@@ -120,14 +128,16 @@ class Work:
         for name in _NOT_NEGATIVE:
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {value!r}")
-        for name, low in {"padding": 1.0, "epochs": 0.0, "dropout": 0.0}.items():
+        for name, low in {"padding": 1.0, "dropout": 0.0}.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least {low:g}, got {getattr(self, name)!r}")
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs must be above 0, got {self.epochs!r}")
         if self.dropout >= 1:
             raise ConfigError(f"dropout must be below 1, got {self.dropout!r}")
         if self.batch_size < self.devices:
             raise ConfigError(f"batch_size must be at least devices = {self.devices}, got {self.batch_size}")
-        if self.max_tokens is not None and self.max_tokens < self.length:
+        if self.max_tokens is not None and self.max_tokens < self.length - ROUNDING:
             raise ConfigError(
                 f"max_tokens must be at least the mean computed length, {self.length:.1f} positions with padding, "
                 f"got {self.max_tokens}"
@@ -147,10 +157,10 @@ class Work:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; the last, shorter batch of an epoch counts as a step."""
+        """Optimizer steps of the whole run, as the run itself counts them."""
         if self.method == "none":
             return 0
-        return self.steps or math.ceil(self.epochs * math.ceil(self.examples / self.batch_size))
+        return self.steps or number_of_steps(self.examples, self.epochs, self.batch_size, drop_last=self.drop_last)
 
     @property
     def length(self) -> float:

@@ -97,6 +97,8 @@ class Task:
             returns is kept with the run.
         private: The problems' text may not be kept: whatever a run writes holds a SHA-256 in place of each prompt and
             completion.
+        paper_batch: The evaluator behind the paper's protocol takes whole batches of this size and leaves the rest of
+            the test problems out.
     """
 
     name: str
@@ -108,6 +110,16 @@ class Task:
     splits: tuple[Split, ...] = ("train", "validation", "test")
     ready: Callable[[], dict[str, bool]] | None = None
     private: bool = False
+    paper_batch: int = 1
+
+    def scored(self, problems: int, protocol: Protocol) -> int:
+        """How many of so many test problems a protocol scores."""
+        return whole_batches(problems, self.paper_batch) if protocol == "paper" else problems
+
+
+def whole_batches(items: int, size: int) -> int:
+    """Items that fill batches of a size."""
+    return items // size * size
 
 
 Choice = TypeVar("Choice")

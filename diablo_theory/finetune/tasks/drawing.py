@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from diablo_theory.errors import ConfigError
-from diablo_theory.finetune.tasks.base import Decoding, Example, Judge, Protocol, Split, Task, Wanted, split_of
+from diablo_theory.finetune.tasks.base import (
+    Decoding,
+    Example,
+    Judge,
+    Protocol,
+    Split,
+    Task,
+    Wanted,
+    split_of,
+    whole_batches,
+)
 from diablo_theory.finetune.tasks.records import Record, Source, load
 
 #: From one record to one problem, in the protocol and for the purpose that is wanted.
@@ -35,7 +45,7 @@ def record_task(
         metrics: See :class:`Task`.
         decoding: See :class:`Task`.
         judge: See :class:`Task`.
-        paper_batch: The authors' evaluator takes whole batches of this size and leaves the rest of the file out.
+        paper_batch: See :class:`Task`.
     """
     return Task(
         name=name,
@@ -44,6 +54,7 @@ def record_task(
         decoding=decoding or {},
         judge=judge or {},
         splits=splits,
+        paper_batch=paper_batch,
     )
 
 
@@ -76,7 +87,7 @@ def draw(
         raise ConfigError(f"{name}: the paper's protocol trains on all there is; validate with protocol=clean")
     records = load(source, "test" if wanted.split == "test" else "train", wanted.data_root)
     if wanted.split == "test" and wanted.protocol == "paper":
-        records = records[: len(records) // paper_batch * paper_batch] or records
+        records = records[: whole_batches(len(records), paper_batch)] or records
     examples = [build(record, wanted) for record in records]
     if wanted.split != "test" and wanted.protocol == "clean":
         held_out = wanted.split == "validation"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diablo_theory.errors import ConfigError
-from diablo_theory.finetune.tasks.base import Decoding, Example, Task, Wanted, in_both
+from diablo_theory.finetune.tasks.base import Decoding, Example, Task, Wanted, in_both, whole_batches
 from diablo_theory.finetune.tasks.prompt_files import read_prompts
 from diablo_theory.finetune.tasks.templates import alpaca
 
@@ -68,7 +68,7 @@ def examples(wanted: Wanted) -> list[Example]:
     if wanted.protocol == "paper":
         write = PAPER_PROMPT.format
         if wanted.scoring:
-            prompts = prompts[: len(prompts) // BATCH * BATCH]
+            prompts = prompts[: whole_batches(len(prompts), BATCH)]
     if not prompts:
         raise ConfigError(f"hexphi: the paper's protocol scores full batches of {BATCH} prompts; there are fewer")
     kept = prompts[: wanted.count]
@@ -115,4 +115,5 @@ TASK = Task(
     judge=in_both(judge),
     splits=("test",),
     private=True,
+    paper_batch=BATCH,
 )

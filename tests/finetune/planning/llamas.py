@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo_theory import methods
+from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.finetune.planning.shapes import model_shapes
 from diablo_theory.finetune.planning.trainable import trained
 from diablo_theory.finetune.planning.work import Work
@@ -26,6 +27,13 @@ MEDIUM = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+
+
+def work_on(dataset, model, **changes):
+    """A run on known data; a thousand problems of a hundred tokens are decoded unless said otherwise."""
+    sizes = ("examples", "prompt_tokens", "answer_tokens", "padding", "max_tokens")
+    known = {name: getattr(DATASETS[dataset], name) for name in sizes}
+    return Work(**{**known, "model": model, "eval_items": 1000, "new_tokens": 100, **changes})
 
 
 @dataclasses.dataclass

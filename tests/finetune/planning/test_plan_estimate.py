@@ -2,20 +2,21 @@ import dataclasses
 import re
 
 import pytest
-from llamas import TINY, Case
+from llamas import TINY, Case, work_on
 
 from diablo_theory.errors import ConfigError
-from diablo_theory.finetune.planning import DEVICES, duration, header, plan, work_on
+from diablo_theory.finetune.planning import DEVICES, duration, header, plan
 from diablo_theory.finetune.planning.devices import measured_cpu
 
 
 @pytest.fixture(scope="module")
 def commonsense():
-    return plan(work_on("commonsense_170k", "LLaMA3-8B", epochs=3, micro_batch=4), "A100-80GB")
+    work = work_on("commonsense_170k", "LLaMA3-8B", epochs=3, micro_batch=4, drop_last=True, eval_items=22_419)
+    return plan(work, "A100-80GB")
 
 
 def test_the_numbers_belong_together(commonsense):
-    assert commonsense.steps == 3 * 10_652
+    assert commonsense.steps == 3 * 10_651
     assert commonsense.run_flops == commonsense.steps * commonsense.flops.total_flops
     assert commonsense.trained_tokens == pytest.approx(3 * 170_420 * 137 * 1.4, rel=1e-4)
     assert commonsense.train_seconds_low == pytest.approx(commonsense.run_flops / (0.5 * 312e12))
@@ -79,7 +80,7 @@ def test_the_header_of_a_run_file(commonsense):
     assert 3 <= len(lines) <= 6
     assert all(line.startswith("# ") for line in lines)
     assert lines[0].startswith("# Model: LLaMA3-8B, 8,030,261,248 parameters; DiaBlo N=64 on q_proj")
-    assert lines[1].startswith("# Data: 170,420 examples of about 137 tokens, 31,956 steps of 16; 22,419 problems")
+    assert lines[1].startswith("# Data: 170,420 examples of about 137 tokens, 31,953 steps of 16; 22,419 problems")
     assert f"needs {commonsense.peak_gib:.1f} of the 74.5 GiB" in lines[2]
     assert "30 to 50% of the peak rate" in lines[3]
 
@@ -103,6 +104,10 @@ def test_sharding_is_said():
         (60, 150, "1 to 2.5 min"),
         (3600, 9000, "1 to 2.5 h"),
         (86_400, 432_000, "1 to 5 days"),
+        (32, 112, "32 to 112 s"),
+        (99.4, 99.6, "99 to 100 s"),
+        (60 * 110, 60 * 118, "110 to 118 min"),
+        (86_400 * 98, 86_400 * 123, "98 to 123 days"),
     ],
 )
 def test_durations_take_the_unit_that_suits_them(low, high, text):

@@ -2,7 +2,7 @@ import json
 import time
 
 import pytest
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlavaConfig, T5Config
 
 from diablo_theory.errors import ConfigError, ModelUnavailableError
 from diablo_theory.finetune.planning.shapes import KNOWN, model_shapes
@@ -29,10 +29,9 @@ def test_the_known_models_have_their_published_sizes(name, parameters):
 
 def test_grouped_queries_make_keys_and_values_narrow():
     shapes = model_shapes("LLaMA3-8B")
-    assert shapes.grouped
     assert shapes.matrices["k_proj"] == shapes.matrices["v_proj"] == (4096, 1024)
     assert shapes.matrices["q_proj"] == (4096, 4096)
-    assert not model_shapes("LLaMA2-7B").grouped
+    assert (shapes.heads, shapes.kv_heads) == (32, 8)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +67,13 @@ def test_unknown_names_name_the_nearest():
 def test_a_model_of_another_build_is_refused(tmp_path):
     GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"\(gpt2\) is not built like Llama: 1 equal layers with one q_proj each"):
+        model_shapes(str(tmp_path))
+
+
+@pytest.mark.parametrize(("config", "kind"), [(T5Config, "t5"), (LlavaConfig, "llava")])
+def test_a_model_that_is_no_causal_language_model_is_refused(config, kind, tmp_path):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"\({kind}\) is no causal language model built like Llama: ."):
         model_shapes(str(tmp_path))
 
 
