@@ -66,6 +66,18 @@ class QuantiseConfig(BaseModel):
             raise ConfigError(f"torchao-int8 needs bits=8 and no group_size, got {self.bits} and {self.group_size}")
         return self
 
+    def check_inputs(self, name: str, inputs: int) -> None:
+        """Refuse a layer whose inputs torchao's groups do not divide; the grids of this project may end in a part.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        if not self.is_simulated and self.group_size and inputs % self.group_size:
+            raise ConfigError(
+                f"torchao-int4 needs a group_size that divides the {inputs} inputs of layer {name!r}, "
+                f"got {self.group_size}"
+            )
+
     @property
     def is_simulated(self) -> bool:
         """Whether the weights stay floats."""

@@ -110,11 +110,7 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Linear], config: QuantiseCo
             raise ConfigError(f"layer {name!r} shares its weight with another module: leave it out of targets")
         if not bool(layer.weight.isfinite().all()):
             raise NonFiniteError(f"layer {name!r}: its weight holds a NaN or an infinity")
-        if not config.is_simulated and config.group_size and layer.in_features % config.group_size:
-            raise ConfigError(
-                f"torchao-int4 needs a group_size that divides the {layer.in_features} inputs of layer {name!r}, "
-                f"got {config.group_size}"
-            )
+        config.check_inputs(name, layer.in_features)
 
 
 @torch.no_grad()

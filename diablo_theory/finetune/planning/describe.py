@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diablo_theory.finetune.planning.estimate import GIB, Plan
+from diablo_theory.finetune.planning.work import Work
+from diablo_theory.quantise import QuantiseConfig
 
 Row = tuple[str, str, str]
 
@@ -22,7 +24,8 @@ def header(plan: Plan) -> str:
         f"(fits: {plan.fits}); weights in {work.dtype}" + (", FSDP" if _is_sharded(plan) else ""),
         f"Time: training {duration(plan.train_seconds_low, plan.train_seconds_high)} at "
         f"{_share(plan.device.training)} of the peak rate"
-        + (f", decoding {duration(plan.eval_seconds_low, plan.eval_seconds_high)}" if work.eval_items else ""),
+        + (f", decoding {duration(plan.eval_seconds_low, plan.eval_seconds_high)}" if work.eval_items else "")
+        + (f"; quantising the base ({_base(work.quantise)}) is not counted" if work.quantise else ""),
         "Computed by `diablo-theory plan`; token counts and the share of the peak rate are assumptions.",
     ]
     return "\n".join(f"# {line}" for line in lines)
@@ -45,9 +48,24 @@ def _model_rows(plan: Plan) -> Iterator[Row]:
     yield "method", ours.label, f"{len(ours.targets)} adapted matrices"
     yield "trainable parameters", f"{ours.parameters:,}", "counted on the true shapes"
     yield "trainable", f"{ours.percent:.4f}%", "of the base model's parameters, adapters excluded"
+    yield from _base_rows(plan.work)
     if ours.quoted_parameters != ours.parameters:
         how = "key and value matrices counted as wide as the query's, as the paper's percentages do"
         yield "trainable, as quoted", f"{ours.quoted_parameters:,} ({ours.quoted_percent:.4f}%)", how
+
+
+def _base_rows(work: Work) -> Iterator[Row]:
+    if work.quantise is None:
+        return
+    how = "floats on a grid in memory, as the others: simulated"
+    if work.stores_integers:
+        how = "a byte for each weight; every product makes a dense copy, which the backward pass keeps"
+    yield "base", _base(work.quantise), how
+    yield "quantising the base", "not counted", "neither its time nor its memory, nor that of calibration"
+
+
+def _base(how: QuantiseConfig) -> str:
+    return f"{how.method}, {how.bits} bits"
 
 
 def _work_rows(plan: Plan) -> Iterator[Row]:
@@ -100,7 +118,8 @@ def _flop_rows(plan: Plan) -> Iterator[Row]:
 def _memory_rows(plan: Plan) -> Iterator[Row]:
     held, work = plan.memory, plan.work
     sharded = f", divided by {work.devices} (FSDP) and two layers gathered" if _is_sharded(plan) else ""
-    yield "weights", _gib(held.weights_bytes), f"parameters in {work.dtype}{sharded}"
+    stored = ", the layers' matrices as integers" if work.stores_integers else ""
+    yield "weights", _gib(held.weights_bytes), f"parameters in {work.dtype}{stored}{sharded}"
     yield "adapter", _gib(held.adapter_bytes), f"in {work.adapter_dtype}"
     yield "AdamW's moments", _gib(held.optimizer_bytes), f"two in {work.adapter_dtype} for a trainable parameter"
     yield "gradients", _gib(held.gradients_bytes), "of what trains" + (", with DDP's buckets" if _is_ddp(plan) else "")

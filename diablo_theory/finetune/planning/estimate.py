@@ -12,6 +12,7 @@ from diablo_theory.finetune.planning.devices import Device, device
 from diablo_theory.finetune.planning.flops import StepFlops, step_flops
 from diablo_theory.finetune.planning.generation import Decoding, decoding, decoding_seconds
 from diablo_theory.finetune.planning.memory import Memory, memory
+from diablo_theory.finetune.planning.quantised import check_base
 from diablo_theory.finetune.planning.shapes import Shapes, model_shapes
 from diablo_theory.finetune.planning.trainable import Trained, trained
 from diablo_theory.finetune.planning.work import Work
@@ -93,12 +94,13 @@ def plan(work: Work, on: str | Device) -> Plan:
         on: A device, or its name as :func:`devices.device` takes it.
 
     Raises:
-        ConfigError: If model, method, targets or device are unknown or do not fit each other.
+        ConfigError: If model, method, base, targets or device are unknown or do not fit each other.
         ModelUnavailableError: If the model's configuration is not to be had.
     """
     shapes = model_shapes(work.model)
     if work.longest > shapes.max_positions:
         raise ConfigError(f"max_tokens must be at most {shapes.max_positions} for {shapes.name}, got {work.longest}")
+    check_base(shapes, work)
     ours = trained(shapes, work)
     where = device(on, work.dtype) if isinstance(on, str) else on
     flops, steps = step_flops(shapes, ours, work), work.total_steps

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diablo_theory.finetune.planning.devices import Device, Range
 from diablo_theory.finetune.planning.flops import attention_forward
 from diablo_theory.finetune.planning.memory import decoded_at_once
+from diablo_theory.finetune.planning.quantised import dense_bytes, stored_bytes
 from diablo_theory.finetune.planning.shapes import Shapes
 from diablo_theory.finetune.planning.work import DTYPE_BYTES, Work
 
@@ -20,7 +21,7 @@ class Decoding:
         batches: Batches of sequences.
         prompt_flops: Operations of all prompts' forward passes, every beam its own, as transformers does it.
         token_flops: Operations of all decoded tokens.
-        read_bytes: Weights and cache read for all decoded tokens.
+        read_bytes: Weights and cache read for all decoded tokens (of integers, their dense copies written as well).
     """
 
     batches: int
@@ -41,6 +42,8 @@ def decoding(shapes: Shapes, work: Work) -> Decoding:
     head = 2 * shapes.embedding
     size = DTYPE_BYTES[work.dtype]
     read_weights = (shapes.parameters - (0 if shapes.tied else shapes.embedding)) * size
+    if work.stores_integers:  # beside the integers, dense copies are written and read as well
+        read_weights += shapes.layers * (stored_bytes(shapes, work) + dense_bytes(shapes, work))
     cache = 2 * shapes.kv_heads * shapes.head_dim * shapes.layers * half_way * size
     return Decoding(
         batches=batches,

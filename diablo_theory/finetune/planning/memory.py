@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diablo_theory.finetune.planning.flow import Flow, flows
+from diablo_theory.finetune.planning.quantised import (
+    dense_bytes,
+    kept_dense_bytes,
+    largest_dense_bytes,
+    stored_bytes,
+)
 from diablo_theory.finetune.planning.shapes import Shapes
 from diablo_theory.finetune.planning.trainable import LORAS, WHOLE, Target, Trained
 from diablo_theory.finetune.planning.work import DTYPE_BYTES, Work
@@ -76,7 +82,7 @@ def memory(shapes: Shapes, trained: Trained, work: Work, *, foreach: bool = True
         foreach: AdamW updates all tensors at once, as torch does on a GPU, with a copy as large as all that trains.
 
     Source: the tensors that autograd saves in ``transformers.models.llama`` 5.23 with SDPA attention, torch 2.13's
-    AdamW and peft 0.21's LoRA; the tests measure them.
+    AdamW, peft 0.21's LoRA and torchao 0.18; the tests measure them.
     """
     parts = work.devices if work.sharding == "fsdp" else 1
     weights, adapter = _weights(shapes, trained, work)
@@ -121,7 +127,7 @@ def saved_by_layer(shapes: Shapes, trained: Trained, flow: Flow, work: Work, len
         saved += _attention(shapes, work, length, size)
     # SiLU keeps its input; the product keeps each factor that the other's gradient needs.
     saved += shapes.intermediate * size * (2 * flow.gate + flow.up)
-    return tokens * (saved + _inputs(shapes, trained, flow, work, size))
+    return tokens * (saved + _inputs(shapes, trained, flow, work, size)) + kept_dense_bytes(shapes, flow, work)
 
 
 def _attention(shapes: Shapes, work: Work, length: int, size: int) -> int:
@@ -167,11 +173,14 @@ def _weights(shapes: Shapes, trained: Trained, work: Work) -> tuple[int, int]:
     if trained.method in WHOLE:
         autocast = trained.parameters * size if own != size else 0  # the cast weights, kept for the backward pass
         return (shapes.parameters - trained.parameters) * size + trained.parameters * own + autocast, 0
-    return shapes.parameters * size, trained.parameters * own
+    stored = shapes.layers * (stored_bytes(shapes, work) - dense_bytes(shapes, work))
+    return shapes.parameters * size + stored, trained.parameters * own
 
 
 def _layer_weights(shapes: Shapes, work: Work) -> int:
-    return shapes.layer_products * DTYPE_BYTES[work.adapter_dtype if work.method in WHOLE else work.dtype]
+    if work.method in WHOLE:
+        return shapes.layer_products * DTYPE_BYTES[work.adapter_dtype]
+    return stored_bytes(shapes, work)
 
 
 def _step(shapes: Shapes, trained: Trained, work: Work, gradients: int, update: int) -> tuple[int, int, int]:
@@ -213,5 +222,6 @@ def _decoding_work(shapes: Shapes, work: Work) -> int:
     """The prompt's forward pass at its widest, or the logits of a step with their float32 copy."""
     size, sequences = DTYPE_BYTES[work.dtype], decoded_at_once(work)
     layer = sequences * work.eval_prompt * (2 * shapes.hidden + 3 * shapes.intermediate) * size
+    layer += largest_dense_bytes(shapes, work)
     logits = sequences * shapes.vocab * (size + 2 * FLOAT32)
     return round(max(layer, logits))

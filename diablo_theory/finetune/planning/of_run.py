@@ -50,6 +50,7 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
         dropout=config.dropout,
         gradient_checkpointing=config.gradient_checkpointing,
         logits="answers" if config.loss_on == "answer" else "all",
+        quantise=config.quantise,
         devices=devices,
         sharding=sharding,
         eval_items=sum(_items(config, name) for name in config.evaluate_on),

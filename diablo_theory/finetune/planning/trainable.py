@@ -117,7 +117,8 @@ def trained(shapes: Shapes, work: Work) -> Trained:
 
 def _is_additive(work: Work) -> bool:
     sharded = work.sharding == "fsdp" and work.devices > 1
-    return work.method == "diablo-additive" or (work.method == "diablo" and (work.dropout > 0 or sharded))
+    apart = work.dropout > 0 or sharded or work.stores_integers
+    return work.method == "diablo-additive" or (work.method == "diablo" and apart)
 
 
 def _count(work: Work, knob: int, m1: int, m2: int) -> int:

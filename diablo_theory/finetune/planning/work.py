@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.finetune.data import number_of_steps
+from diablo_theory.quantise import QuantiseConfig
 
 #: As in the authors' Llama scripts.
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -54,6 +55,7 @@ class Work:
         gradient_checkpointing: Keep each layer's input alone and compute the layer again in the backward pass.
         logits: The output matrix is applied to the answers' positions alone (as ``finetune.data.collate`` asks), or
             to all.
+        quantise: How the base is quantised; None for not at all.
         devices: How many.
         sharding: ``ddp`` (each device holds everything) or ``fsdp`` (weights, gradients and states are divided).
         eval_items: Problems to decode; 0 for none.
@@ -87,6 +89,7 @@ class Work:
     dropout: float = 0.0
     gradient_checkpointing: bool = False
     logits: Logits = "answers"
+    quantise: QuantiseConfig | None = None
     devices: int = 1
     sharding: Sharding = "ddp"
     eval_items: int = 0
@@ -154,6 +157,11 @@ class Work:
     def accumulation(self) -> int:
         """Micro batches that one device adds up for one optimizer step."""
         return self.batch_size // (self.micro * self.devices)
+
+    @property
+    def stores_integers(self) -> bool:
+        """The base is quantised for good: its layers hold integers, not floats on a grid."""
+        return self.quantise is not None and not self.quantise.is_simulated
 
     @property
     def total_steps(self) -> int:

@@ -6,10 +6,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo_theory import methods
+from diablo_theory.bench.measuring import peak_bytes
+from diablo_theory.finetune.bases import layers_of
 from diablo_theory.finetune.planning.datasets import DATASETS
+from diablo_theory.finetune.planning.memory import memory
 from diablo_theory.finetune.planning.shapes import model_shapes
 from diablo_theory.finetune.planning.trainable import trained
 from diablo_theory.finetune.planning.work import Work
+from diablo_theory.quantise import quantise
 
 TINY = {
     "vocab_size": 50,
@@ -19,6 +23,7 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+CPU = torch.device("cpu")
 MEDIUM = {
     "vocab_size": 1000,
     "hidden_size": 256,
@@ -69,6 +74,8 @@ class Case:
         )
         torch.manual_seed(0)
         network = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        if work.quantise is not None:
+            quantise(network, layers_of(network), work.quantise)
         prepared = methods.prepare(network, work.method, work.num_blocks, list(work.target_modules), seed=0)
         network = prepared.model.train()
         if work.gradient_checkpointing:
@@ -90,3 +97,37 @@ class Case:
         kept = self.labels.shape[1]
         batch = {"input_ids": self.ids, "attention_mask": self.mask, "labels": self.labels}
         return self.network(**batch, logits_to_keep=kept, use_cache=False).loss
+
+
+def planned(case):
+    """A CPU's AdamW updates one tensor after another."""
+    return memory(case.shapes, case.trained, case.work, foreach=False)
+
+
+def saved_bytes(case):
+    """Bytes of the storages that autograd keeps, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in case.network.parameters() if not hasattr(p, "qdata")}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        case.step()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def measured_peak(case):
+    """The most bytes that a step holds at once, and the optimizer."""
+    optimizer = torch.optim.AdamW([p for p in case.network.parameters() if p.requires_grad])
+
+    def step():
+        case.step().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # the moments are there from now on
+    return peak_bytes(step, CPU), optimizer

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from llamas import MEDIUM, TINY, Case
+from llamas import CPU, MEDIUM, TINY, Case, measured_peak, planned, saved_bytes
 from transformers import DynamicCache
 
 from diablo_theory.bench.measuring import peak_bytes
@@ -11,41 +11,8 @@ from diablo_theory.finetune.planning.shapes import MATRICES, model_shapes
 from diablo_theory.finetune.planning.trainable import trained
 from diablo_theory.finetune.planning.work import Work
 
-CPU = torch.device("cpu")
 #: How far a planned peak may be from the measured one.
 NEAR = 0.15
-
-
-def planned(case):
-    return memory(case.shapes, case.trained, case.work, foreach=False)
-
-
-def saved_bytes(case):
-    """Bytes of the storages that autograd keeps, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in case.network.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.step()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def measured_peak(case):
-    optimizer = torch.optim.AdamW([p for p in case.network.parameters() if p.requires_grad])
-
-    def step():
-        case.step().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()  # the moments are there from now on
-    return peak_bytes(step, CPU), optimizer
 
 
 def medium(tmp_path, dtype="float32", **fields):
