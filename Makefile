@@ -30,7 +30,7 @@ test-model: $(INSTALLED)  ## the tests on the real pretrained model
 # Not part of the environment: torchao writes warnings to the terminal whenever peft is imported.
 test-quant: $(INSTALLED)  ## the tests on quantised models, for which it installs the extra `quant`
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[quant]'
-	$(SIDE_BY_SIDE) tests/tuner/test_quantised.py tests/methods/test_quantised_bases.py tests/quantise $(ARGS)
+	$(SIDE_BY_SIDE) tests/tuner/test_quantised.py tests/methods/test_quantised_bases.py tests/quantise tests/finetune/planning/test_plan_quantised.py $(ARGS)
 
 lint: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .
