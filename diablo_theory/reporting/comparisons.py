@@ -13,7 +13,7 @@ from diablo_theory.reporting.intervals import paired_difference, score
 from diablo_theory.reporting.suites import Suites, metrics_of
 
 #: Keys that do not make two runs different experiments.
-ELSEWHERE = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
+IRRELEVANT = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
 #: Keys that may differ between experiments that are compared: the table they belong to, the method, how it is set.
 METHOD = ("suite", "method", "num_blocks", "learning_rate", "rank", "alpha")
 #: The method that the others are compared with.
@@ -30,7 +30,7 @@ def experiments(suites: Suites) -> pd.DataFrame:
     """
     configs = suites.configs
     # The weights themselves, since a name or a folder may stand for others on another day.
-    keys = [key for key in _config_keys(configs) if key not in ("run_id", *ELSEWHERE)] + ["model_sha256"]
+    keys = [key for key in _config_keys(configs) if key not in ("run_id", *IRRELEVANT)] + ["model_sha256"]
     text = configs[keys].astype(str)
     shared = [key for key in keys if key not in METHOD]
     named = pd.DataFrame(

@@ -8,7 +8,7 @@ import pandas as pd
 
 from diablo_theory.reporting.comparisons import differences, scores
 from diablo_theory.reporting.suites import Suites
-from diablo_theory.reporting.tables import interval, task_name
+from diablo_theory.reporting.tables import interval, markdown, task_name
 
 #: Metrics of a table, with their heading, digits, and heading and digits of the difference.
 SHOWN = {
@@ -93,13 +93,13 @@ def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """Tasks in order of appearance; within each, the untouched model, full fine-tuning, DiaBlo, and the others."""
-    first = {"none": 0, "full": 1, "diablo": 2}
+    """Tasks in order of appearance; within each, the untouched model, full fine-tuning, DiaBlo, LoRA, the others."""
+    first = {"none": 0, "full": 1, "diablo": 2, "lora": 3}
     tasks = {task: place for place, task in enumerate(dict.fromkeys(frame["task"]))}
     order = frame.assign(
         _task=frame["task"].map(tasks),
         _base=frame["base"] != frame["base"].iloc[0],
-        _method=frame["method"].map(lambda method: first.get(method, 3)),
+        _method=frame["method"].map(lambda method: first.get(method, 4)),
     )
     order = order.sort_values(["_task", "_base", "_method", "method", "num_blocks", "learning_rate"], kind="stable")
     return order.drop(columns=["_task", "_base", "_method"]).reset_index(drop=True)
@@ -136,3 +136,24 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
 def _intervals(frame: pd.DataFrame, name: str, digits: int, *, sign: bool = False) -> list[str]:
     numbers = zip(frame[name], frame[f"{name}_low"], frame[f"{name}_high"], strict=True)
     return [interval(*triple, digits, sign=sign) for triple in numbers]
+
+
+def summary(suites: Suites) -> str:
+    """How many runs these are, how long they trained, and where, in a sentence or two."""
+    configs = suites.configs
+    ended = configs["state"].value_counts()
+    lost = f" and {ended['diverged']} that diverged" if "diverged" in ended else ""
+    trained = configs["train_seconds"].sum() / 3600
+    made = configs[configs["state"] == "finished"]
+    where = ", ".join(
+        f"{device} ({cpu})" for device, cpu in sorted(set(zip(made["device"], made["cpu"], strict=True)))
+    )
+    commits = ", ".join(sorted({str(commit)[:10] for commit in made["commit"]}))
+    changed = " (with changes)" if made["dirty"].astype(bool).any() else ""
+    return f"{ended['finished']} runs{lost}, {trained:.1f} h of training on {where}; commit {commits}{changed}."
+
+
+def readable_sections(suites: Suites) -> str:
+    """All sections as Markdown: a title and a table each, and what they are made of."""
+    parts = [f"**{title(name)}**\n\n{markdown(readable_section(s))}" for name, s in build_sections(suites).items()]
+    return "\n".join([*parts, summary(suites) + "\n"])

@@ -81,7 +81,7 @@ def test_words(sections):
     assert table.loc[("Word problems", "Untouched model"), "Learning rate"] == "—"
     assert table.loc[("Word problems", "DiaBlo N=64"), "less DiaBlo, points"] == "—"
     assert table.loc[("Word problems", "LoRA r=5"), "less DiaBlo, points"][0] in "+−"
-    assert table.loc[("Boolq", "LoRA r=5"), "By likelihood, %"] != "—"
+    assert table.loc[("BoolQ", "LoRA r=5"), "By likelihood, %"] != "—"
     assert "By likelihood, %" not in words["patterns"]
     assert list(words["bases"]["Base"]) == ["float32"] * 2 + ["4 bits, rtn"] * 2
 
