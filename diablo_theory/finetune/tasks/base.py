@@ -66,6 +66,7 @@ class Wanted:
         protocol: See :data:`Protocol`.
         scoring: The prompts are to be answered, not learnt: the paper's protocol writes them differently.
         data_root: A folder with a subfolder for each set in its public form; None fetches from the hub.
+        whole: Refuse files that have not the published number of records; a slice (``count``) may still be taken.
     """
 
     split: Split
@@ -74,6 +75,7 @@ class Wanted:
     protocol: Protocol = "clean"
     scoring: bool = False
     data_root: Path | None = None
+    whole: bool = False
 
 
 #: What completions of one problem score, by metric: shares from 0 to 1, whose mean is the score.

@@ -17,16 +17,16 @@ from diablo_theory.finetune.tasks.templates import alpaca, clean, clean_answer
 
 TARGET = "the correct answer is "
 
-#: Task to its folder in LLM-Adapters and to what its labels look like.
+#: Task to its folder in LLM-Adapters, what its labels look like, and the problems of its test set.
 BENCHMARKS = {
-    "boolq": ("boolq", "true|false"),
-    "piqa": ("piqa", "solution[12]"),
-    "social_i_qa": ("social_i_qa", "answer[1-5]"),
-    "hellaswag": ("hellaswag", "ending[1-4]"),
-    "winogrande": ("winogrande", "option[12]"),
-    "arc_easy": ("ARC-Easy", "answer[1-5]"),
-    "arc_challenge": ("ARC-Challenge", "answer[1-5]"),
-    "openbookqa": ("openbookqa", "answer[1-5]"),
+    "boolq": ("boolq", "true|false", 3270),
+    "piqa": ("piqa", "solution[12]", 1838),
+    "social_i_qa": ("social_i_qa", "answer[1-5]", 1954),
+    "hellaswag": ("hellaswag", "ending[1-4]", 10_042),
+    "winogrande": ("winogrande", "option[12]", 1267),
+    "arc_easy": ("ARC-Easy", "answer[1-5]", 2376),
+    "arc_challenge": ("ARC-Challenge", "answer[1-5]", 1172),
+    "openbookqa": ("openbookqa", "answer[1-5]", 500),
 }
 ANY_LABEL = "true|false|solution[12]|answer[1-5]|ending[1-4]|option[12]"
 LICENCE = "ODC-By 1.0; the underlying sets keep their own terms"
@@ -99,7 +99,7 @@ def paper_judge(labels: str, example: Example, completions: Sequence[str]) -> di
     return {"exact": float(extraction.paper_label(example.prompt + completion, labels) == example.gold)}
 
 
-def _benchmark(name: str, folder: str, labels: str) -> Task:
+def _benchmark(name: str, folder: str, labels: str, size: int) -> Task:
     source = Source(
         place="AGI-Edgerunners/LLM-Adapters",
         host="github",
@@ -108,6 +108,7 @@ def _benchmark(name: str, folder: str, labels: str) -> Task:
         splits={"train": f"dataset/{folder}/train.json", "test": f"dataset/{folder}/test.json"},
         folders=tuple(dict.fromkeys((f"commonsense/{folder}", folder, f"dataset/{folder}", name))),
         licence=LICENCE,
+        sizes={"test": size},
     )
     judges: dict[Protocol, Judge] = {"clean": partial(judge, labels), "paper": partial(paper_judge, labels)}
     return record_task(name, source, partial(build, labels), metrics=METRICS, decoding=DECODING, judge=judges)
@@ -123,6 +124,7 @@ TRAINING = record_task(
         folders=("commonsense_170k", "commonsense/commonsense_170k"),
         files={"train": ("commonsense_170k.json", "ft-training_set/commonsense_170k.json")},
         licence=LICENCE,
+        sizes={"train": 170_420},
     ),
     partial(build, ANY_LABEL),
     splits=("train", "validation"),

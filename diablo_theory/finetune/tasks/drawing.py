@@ -74,7 +74,7 @@ def draw(
         raise ConfigError(f"{name} has no {wanted.split} split, only: {', '.join(splits)}")
     if wanted.split == "validation" and wanted.protocol == "paper":
         raise ConfigError(f"{name}: the paper's protocol trains on all there is; validate with protocol=clean")
-    records = load(source, "test" if wanted.split == "test" else "train", wanted.data_root)
+    records = load(source, "test" if wanted.split == "test" else "train", wanted.data_root, whole=wanted.whole)
     if wanted.split == "test" and wanted.protocol == "paper":
         records = records[: len(records) // paper_batch * paper_batch] or records
     examples = [build(record, wanted) for record in records]
@@ -83,5 +83,17 @@ def draw(
         examples = [example for example in examples if (split_of(example.cluster) == "validation") == held_out]
     if not examples:
         raise ConfigError(f"{name}: none of the {len(records):,} records of {records[0].file} is in {wanted.split}")
-    random.Random(f"train-{wanted.seed}" if wanted.split == "train" else f"{wanted.split}-fixed").shuffle(examples)
-    return examples[: wanted.count]
+    return drawn(examples, wanted)
+
+
+def drawn(examples: list[Example], wanted: Wanted) -> list[Example]:
+    """As many as are wanted, in the order of :func:`draw`: by the seed for training, else one fixed shuffle.
+
+    Args:
+        examples: All of a split, in the order of the file.
+        wanted: Split, seed and count.
+    """
+    order = f"train-{wanted.seed}" if wanted.split == "train" else f"{wanted.split}-fixed"
+    shuffled = list(examples)
+    random.Random(order).shuffle(shuffled)
+    return shuffled[: wanted.count]

@@ -20,6 +20,7 @@ SOURCE = Source(
     splits={"train": "train", "test": "test"},
     folders=("gsm8k", "openai/gsm8k", "math/gsm8k"),
     licence="MIT",
+    sizes={"train": 7473, "test": 1319},
 )
 
 #: Source: LoRI's GSM8K task, which the authors' data processing for GSM8K takes over.

@@ -60,7 +60,7 @@ def test_an_instruction_without_labels_is_refused():
 
 
 def test_all_label_sets_are_known_to_the_training_set():
-    for _, labels in commonsense.BENCHMARKS.values():
+    for _, labels, _ in commonsense.BENCHMARKS.values():
         head = labels.removesuffix("[1-5]").removesuffix("[1-4]").removesuffix("[12]")
         assert head in ANY_LABEL
 

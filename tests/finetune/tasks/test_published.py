@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from diablo_theory.errors import ConfigError
+from diablo_theory.finetune.planning.of_run import TEST_SIZES
 from diablo_theory.finetune.tasks import TASKS, Wanted
 from diablo_theory.finetune.tasks.base import split_of
 from diablo_theory.finetune.tasks.records import digest
@@ -68,6 +69,25 @@ def test_a_smaller_count_is_the_head_of_a_larger_one_and_no_head_of_the_file(tas
         assert len(whole) == 70
         in_file = [f"{number} " in example.prompt for number, example in enumerate(whole)]
         assert not all(in_file)
+
+
+@pytest.mark.parametrize("name", sorted(set(TEST_SIZES) - OF_THEIR_OWN_KIND))
+def test_a_cut_test_set_is_refused_where_the_whole_is_wanted(name, data_root):
+    """By the same counts that plans go by."""
+    message = rf"test\.jsonl? holds 70 records; the test split of \S+ has {TEST_SIZES[name]:,}: is it cut, or another"
+    for count in (3, None):
+        with pytest.raises(ConfigError, match=message):
+            TASKS[name].examples(Wanted("test", count=count, data_root=data_root, whole=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("gsm8k", 7473), ("commonsense_170k", 170_420), ("metamathqa", 395_000), ("code_alpaca", 20_022)],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_cut_training_set_is_refused_where_the_whole_is_wanted(name, size, split, data_root):
+    with pytest.raises(ConfigError, match=f"holds 70 records; the train split of .* has {size:,}"):
+        TASKS[name].examples(Wanted(split, data_root=data_root, whole=True))
 
 
 @all_tasks
