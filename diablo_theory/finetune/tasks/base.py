@@ -25,6 +25,8 @@ class Example:
             resample clusters, and splits that are made here never share one.
         gold: What a completion is judged by, where that is not the answer's text: a label, a number, a test program.
         choices: Where likelihood can choose too: all possible answers, the right one among them.
+        bare: The model reads the prompt without the special tokens that its tokenizer puts around a text, such as a
+            token for its beginning.
     """
 
     prompt: str
@@ -32,6 +34,7 @@ class Example:
     cluster: str
     gold: str = ""
     choices: tuple[str, ...] = ()
+    bare: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,15 @@ def build(record: Record, wanted: Wanted) -> Example:
 
     Args:
         record: With question and answer.
-        wanted: Protocol; the authors' prompt is the same in training and scoring.
+        wanted: Protocol; the authors' prompt is the same in training and scoring, and bare in both.
 
-    Source: the authors' data processing for GSM8K.
+    Source: the authors' data processing and evaluator for GSM8K.
     """
     if wanted.protocol == "clean":
         return clean_example(record)
+    question, gold = record["question"], solution(record)[1]
     answer = record["answer"].replace("####", PAPER_PHRASE)
-    return Example(record["question"] + PAPER_REQUEST, answer, cluster=record["question"], gold=solution(record)[1])
+    return Example(question + PAPER_REQUEST, answer, cluster=question, gold=gold, bare=True)
 
 
 def paper_judge(example: Example, completions: Sequence[str]) -> dict[str, float]:
