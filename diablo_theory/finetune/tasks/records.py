@@ -118,7 +118,9 @@ def digest(records: Iterable[Mapping[str, Any]]) -> str:
     """
     hashed = hashlib.sha256()
     for record in records:
-        hashed.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        # A flag that is off adds nothing, so that a new one changes no digest of what was there before it.
+        said = {key: value for key, value in record.items() if value is not False}
+        hashed.update(json.dumps(said, sort_keys=True).encode() + b"\n")
     return hashed.hexdigest()
 
 

@@ -186,6 +186,12 @@ def test_a_fetch_that_fails_says_what_to_do(monkeypatch, error):
         assert part in str(caught.value)
 
 
+def test_a_flag_changes_a_digest_only_where_it_is_set():
+    plain, flagged = {"a": "1", "choices": ()}, {"a": "1", "choices": (), "bare": False}
+    assert digest([plain]) == digest([flagged]) != digest([flagged | {"bare": True}])
+    assert digest([{"a": ""}]) != digest([{}])
+
+
 def test_the_digest_sees_content_and_order_but_not_the_order_of_fields():
     first, second = {"a": "1", "b": "2"}, {"a": "3"}
     assert digest([first, second]) == digest([{"b": "2", "a": "1"}, second])
