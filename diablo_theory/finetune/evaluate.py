@@ -34,7 +34,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Score a model on problems.
 
-    Problems of similar length are decoded together, which changes no score but for rounding.
+    Problems of similar length are decoded together, which changes no score but for rounding; samples are drawn a
+    problem at a time.
 
     Args:
         model: A causal language model; its mode (train or eval) is restored afterwards.
@@ -61,13 +62,26 @@ def evaluate(
         for items in _batches(order, batch_size):
             batch = [examples[item] for item in items]
             measured = measure(model, tokenizer, batch)
-            drawn = complete(model, tokenizer, batch, decoding, seed=seed + items[0])
+            drawn = _completions(model, tokenizer, batch, decoding, seed)
             for item, example, texts, found in zip(items, batch, drawn, measured, strict=True):
                 rows[item] = _row(item, example, texts, private=task.private) | judge(example, texts) | found
             advance(len(batch))
     finally:
         model.train(was_training)
     return pd.DataFrame([rows[item] for item in range(len(examples))])
+
+
+def _completions(
+    model: Any, tokenizer: Any, batch: Sequence[Example], decoding: Decoding, seed: int
+) -> list[list[str]]:
+    """Samples are drawn a problem at a time, from a seed of its own: no other problem in the batch changes them."""
+    if decoding.temperature == 0:
+        return complete(model, tokenizer, batch, decoding)
+    return [complete(model, tokenizer, [example], decoding, _seed_of(example, seed))[0] for example in batch]
+
+
+def _seed_of(example: Example, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {example.prompt}".encode()).digest()[:4])
 
 
 def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -42,6 +42,7 @@ half precision, AdaLoRA, RandLoRA and SHiRA need autocast (peft multiplies what 
 """
 
 from diablo_theory.methods.families import FAMILIES, GRADIENT_GROUPS, Family, Method, changes_base, has_adapter
+from diablo_theory.methods.optimizers import classes_in_state, move_state
 from diablo_theory.methods.prepare import Prepared, nearest_knob, prepare
 from diablo_theory.methods.state import load_trainable_state, trainable_state
 from diablo_theory.methods.targets import target_layers
@@ -53,8 +54,10 @@ __all__ = [
     "Method",
     "Prepared",
     "changes_base",
+    "classes_in_state",
     "has_adapter",
     "load_trainable_state",
+    "move_state",
     "nearest_knob",
     "prepare",
     "target_layers",

@@ -214,3 +214,17 @@ def test_private_texts_do_not_leave(tiny_model):
     rows = evaluate(model, tokenizer, task, examples, 4, lambda units: None)
     assert "secret" not in rows.to_csv()
     assert rows["prompt"][0] == hashlib.sha256(b"a secret prompt").hexdigest()
+
+
+def test_samples_do_not_depend_on_the_batch_or_the_place(tiny_model):
+    model, tokenizer = load(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    decoding = Decoding(max_new_tokens=5, samples=2, temperature=1.0)
+    task = Task("t", lambda wanted: [], {}, in_both(decoding), in_both(lambda example, texts: {}))
+    examples = [Example(f"{n} and {n}?", " x", str(n)) for n in range(5)]
+    whole, alone = (
+        evaluate(model, tokenizer, task, part, size, lambda n: None, seed=3)["completion"].tolist()
+        for part, size in ((examples, 4), (examples[2:], 1))
+    )
+    assert whole[2:] == alone
+    assert len(set(whole)) > 1
