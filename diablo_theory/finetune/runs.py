@@ -116,7 +116,7 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
     problems = read_problems(config)
     setup = set_up(config, folder, board, load, problems.train)
     steps = 0 if setup.data is None else len(setup.data) // config.batch_size
-    label, digests = setup.prepared.label, problems.digests()
+    label, model_sha256, digests = setup.prepared.label, setup.loaded.sha256, problems.digests()
     _note_inputs(folder, setup, digests)
     attempts = [*_attempts(folder), _environment(setup)]
     if first:  # only a run that can start owns the folder
@@ -131,7 +131,7 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
         scores = score_tasks(config, folder, board, setup, problems)
     except NonFiniteError as error:
         if first:
-            write_json(failed, {"label": label, "error": str(error)})
+            write_json(failed, {"label": label, "error": str(error), "model_sha256": model_sha256})
         raise
     metrics = _metrics(config, folder, setup, log) | {
         "train_examples": len(problems.train),

@@ -25,6 +25,7 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         table: The section ``methods``.
         note: The line about the scale.
     """
+    table = table.dropna(subset=["loss_per_token"])
     tasks = list(dict.fromkeys(table["task"]))
     lines = max(table["task"].value_counts())
     figure = Figure(figsize=(WIDTH, 0.4 + (0.85 + 0.22 * lines) * len(tasks)))
@@ -61,7 +62,7 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * rows))
     panels = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, name in zip(panels, present, strict=False):
-        drawers[name](axes, sections[name].reset_index(drop=True))
+        drawers[name](axes, sections[name].dropna(subset=["loss_per_token"]).reset_index(drop=True))
         axes.set_title({"learning_rates": "Learning rate", "blocks": "Number of blocks"}.get(name, name.capitalize()))
     for axes in panels[len(present) :]:
         axes.set_axis_off()

@@ -51,6 +51,7 @@ def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
         experiment; value, low, high of each metric as ``exact_match``, ``exact_match_low``, ...; and of the difference
         to DiaBlo as ``exact_match_less``, ``exact_match_less_low``, ...
     """
+    suites = _of_tests(suites)
     less = differences(suites).drop(columns=["reference", "n", "seeds"])
     wide = _wide(scores(suites), "").join(_wide(less, "_less")).reset_index()
     own = wide["suite"] == wide["task"]
@@ -71,6 +72,13 @@ def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
 def title(name: str) -> str:
     """What a section compares."""
     return SECTIONS[name].title if name in SECTIONS else task_name(name)
+
+
+def _of_tests(suites: Suites) -> Suites:
+    """Without runs that were scored on validation problems, which chose something and measure nothing."""
+    configs = suites.configs[suites.configs["eval_split"] == "test"]
+    rows, outcomes = (frame[frame["run_id"].isin(configs["run_id"])] for frame in (suites.rows, suites.outcomes))
+    return Suites(rows, configs, outcomes)
 
 
 def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:
@@ -118,7 +126,10 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
         if f"{metric}_less" in frame and frame[f"{metric}_less"].notna().any():
             table[heading] = _intervals(frame, f"{metric}_less", digits, sign=True)
     table["Problems"] = frame["n"].map(str)
-    table["Seeds"] = frame["seeds"].map(str)
+    table["Seeds"] = [
+        f"{seeds} of {seeds + lost}, others diverged" if lost else str(seeds)
+        for seeds, lost in zip(frame["seeds"], frame["diverged"], strict=True)
+    ]
     return table
 
 
