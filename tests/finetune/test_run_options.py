@@ -207,6 +207,11 @@ def test_a_run_says_how_far_it_is(do, tmp_path, monkeypatch):
         ({"train_on": "word_problem"}, "no task is called 'word_problem'. Did you mean 'word_problems'"),
         ({"evaluate_on": ["wordproblems"]}, "'wordproblems' is no task with a score. Did you mean 'word_problems'"),
         ({"micro_batch_size": 3}, "batch_size 16 is no multiple of micro_batch_size 3"),
+        ({"protocol": "llm_adapters"}, "protocol: word_problems has clean, paper; got 'llm_adapters'"),
+        (
+            {"protocol": "llm_adapters", "train_on": "boolq", "evaluate_on": ["boolq", "gsm8k"]},
+            "protocol: gsm8k has clean, paper; got 'llm_adapters'",
+        ),
         ({"adapter_dtype": "bfloat16"}, "adapter_dtype must be float32 or the model's float32, got bfloat16"),
     ],
 )

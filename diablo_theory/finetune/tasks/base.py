@@ -11,7 +11,8 @@ from typing import Literal, TypeVar
 Split = Literal["train", "validation", "test"]
 #: ``paper``: as the authors' code, or the code that a quoted number comes from, does it, quirks included.
 #: ``clean``: the same prompt in training and evaluation, every item scored.
-Protocol = Literal["clean", "paper"]
+#: ``llm_adapters``: as LLM-Adapters and DoRA do it, whose numbers for commonsense are quoted beside the paper's own.
+Protocol = Literal["clean", "paper", "llm_adapters"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Task:
         judge: Protocol to how completions are scored.
         bounded: Has an end, so that a run may count epochs.
         splits: Those that there are.
+        protocols: Those that it can be learnt or scored by.
         ready: Called before anything is computed; raises where the task may not or cannot be scored here. What it
             returns is kept with the run.
         private: The problems' text may not be kept: whatever a run writes holds a SHA-256 in place of each prompt and
@@ -111,6 +113,7 @@ class Task:
     judge: Mapping[Protocol, Judge] = field(default_factory=dict)
     bounded: bool = True
     splits: tuple[Split, ...] = ("train", "validation", "test")
+    protocols: tuple[Protocol, ...] = ("clean", "paper")
     ready: Callable[[], dict[str, bool]] | None = None
     private: bool = False
 
@@ -119,7 +122,7 @@ Choice = TypeVar("Choice")
 
 
 def in_both(choice: Choice) -> dict[Protocol, Choice]:
-    """The same in both protocols."""
+    """The same in the two protocols that every task has."""
     return {"clean": choice, "paper": choice}
 
 

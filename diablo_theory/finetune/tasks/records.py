@@ -105,7 +105,7 @@ def not_whole(file: object, count: int, published: str) -> ConfigError:
     """What to raise for a set that has not the length that it is published with."""
     return ConfigError(
         f"{file} holds {count:,} records; {published}: is it cut, or another set? "
-        "Only a run with scale=small may use it."
+        "Only a run of small scale may use it."
     )
 
 

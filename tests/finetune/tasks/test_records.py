@@ -127,7 +127,7 @@ def test_only_the_published_number_of_records_is_the_whole(tmp_path, kept):
     if kept == 2:
         assert len(load(source, "test", tmp_path, whole=True)) == 2
     else:
-        message = f"test.jsonl holds {kept} records; the test split of owner/hens has 2: .*scale=small"
+        message = f"test.jsonl holds {kept} records; the test split of owner/hens has 2: .*of small scale"
         with pytest.raises(ConfigError, match=message):
             load(source, "test", tmp_path, whole=True)
     assert len(load(SOURCE, "test", tmp_path, whole=True)) == kept  # of a size that is not known
