@@ -84,6 +84,10 @@ class RunConfig(BaseModel):
             if name not in TASKS or not TASKS[name].metrics:
                 known = (task.name for task in TASKS.values() if task.metrics)
                 raise ValueError(f"evaluate_on: {name!r} is no task with a score.{nearest(name, known)}")
+        for name in (self.train_on, *self.evaluate_on):
+            if self.protocol not in TASKS[name].protocols:
+                has = ", ".join(TASKS[name].protocols)
+                raise ValueError(f"protocol: {name} has {has}; got {self.protocol!r}")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"

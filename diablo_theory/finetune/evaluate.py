@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def choice_losses(model: Any, tokenizer: Any, batch: Sequence[Example]) -> list[
     most = max(len(example.choices) for example in batch)
     # Rows beside the others' that an example with fewer choices lacks repeat its first.
     padded = [[*example.choices, *[example.choices[0]] * (most - len(example.choices))] for example in batch]
-    variants = [Example(e.prompt, choice, "") for e, choices in zip(batch, padded, strict=True) for choice in choices]
+    variants = [replace(e, answer=choice) for e, choices in zip(batch, padded, strict=True) for choice in choices]
     encoded = encode(variants, tokenizer)
     prompts = [encoded[row * most]["prompt_ids"] for row in range(len(batch))]
     ids = pad_left(prompts, tokenizer.pad_token_id).to(device)
@@ -215,7 +216,7 @@ def _pad_right(rows: Sequence[Ids], value: int) -> Tensor:
 def complete(
     model: Any, tokenizer: Any, batch: Sequence[Example], decoding: Decoding, seed: int = 0
 ) -> list[list[str]]:
-    """What the model writes after each prompt, special tokens removed, cut at the first stop text.
+    """What the model writes after each prompt to the letter, special tokens removed, cut at the first stop text.
 
     Args:
         model: A causal language model.
@@ -247,11 +248,27 @@ def complete(
             **(sampling if decoding.temperature > 0 else {}),
             **stops,
         )
-    texts = [
-        _until(text, decoding.stop)
-        for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    ]
+    texts = [_until(text, decoding.stop) for text in continuations(tokenizer, out[:, ids.shape[1] :])]
     return [texts[row * decoding.samples : (row + 1) * decoding.samples] for row in range(len(batch))]
+
+
+#: Text before a completion while it is decoded: a letter, so that it is a token of its own everywhere.
+_LEAD = "x"
+
+
+def continuations(tokenizer: Any, ids: Tensor) -> list[str]:
+    """Texts as they go on after others.
+
+    Tokenizers such as Llama 2's take a blank away where a text begins, which a completion does not do.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        ids: Shape (texts, tokens).
+    """
+    lead = torch.tensor(tokenizer(_LEAD, add_special_tokens=False)["input_ids"], dtype=ids.dtype, device=ids.device)
+    texts = tokenizer.batch_decode(torch.cat([lead.expand(len(ids), -1), ids], 1), skip_special_tokens=True)
+    head = tokenizer.decode(lead, skip_special_tokens=True)  # nothing, where the letter is unknown
+    return [text.removeprefix(head) for text in texts]
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

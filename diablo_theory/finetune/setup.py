@@ -69,6 +69,7 @@ def read_problems(config: RunConfig, *, train: bool = True) -> Problems:
     """
     ready = {name: check() for name in config.evaluate_on if (check := TASKS[name].ready)}
     options: dict[str, Any] = {"seed": config.seed, "protocol": config.protocol, "data_root": config.data_root}
+    options["whole"] = config.scale == "full"
     most = None if config.steps is None else config.steps * config.batch_size
     count = min(filter(None, (config.train_items, most)), default=None)
     wanted = Wanted("train", count, **options)
