@@ -135,6 +135,7 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
         raise
     metrics = _metrics(config, folder, setup, log) | {
         "train_examples": len(problems.train),
+        "cut_examples": 0 if setup.data is None else setup.data.cut,
         "scores": scores,
         "data": digests,
         "conditions": problems.conditions,

@@ -115,6 +115,11 @@ def test_every_attempt_is_recorded_and_a_changed_checkout_is_not_forgotten(do, s
     assert [a["commit"] for a in json.loads((folder / "environment.json").read_text())["attempts"]] == ["one", "two"]
 
 
+def test_examples_that_were_cut_are_counted(do):
+    assert do("whole")[0]["cut_examples"] == 0
+    assert do("cut", max_length=60)[0]["cut_examples"] == 20
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"quantise": {"method": "rtn", "bits": 4, "group_size": 12}}, {"method": "lora-ga"}, {"method": "corda"}],
