@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diablo_theory.errors import ConfigError, nearest
 from diablo_theory.finetune.tasks import TASKS, Protocol
-from diablo_theory.methods import Method
+from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -19,6 +19,10 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 #: Keys that say where a run is done, not what it is: a folder may be continued with others.
 ELSEWHERE = ("data_root", "device", "eval_batch_size")
+#: Keys that a run file decides for good: where its rows belong, and what they stand for.
+DECIDED = ("suite", "scale")
+#: Keys that say how much is done: with others than its file's a full run is a small one.
+AMOUNT = ("steps", "epochs", "train_items", "max_length", "eval_items")
 
 
 class RunConfig(BaseModel):
@@ -80,12 +84,21 @@ class RunConfig(BaseModel):
             if name not in TASKS or not TASKS[name].metrics:
                 known = (task.name for task in TASKS.values() if task.metrics)
                 raise ValueError(f"evaluate_on: {name!r} is no task with a score.{nearest(name, known)}")
+        for name in (self.train_on, *self.evaluate_on):
+            if self.protocol not in TASKS[name].protocols:
+                has = ", ".join(TASKS[name].protocols)
+                raise ValueError(f"protocol: {name} has {has}; got {self.protocol!r}")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
         if self.adapter_dtype != "float32" and self.adapter_dtype != self.dtype:
             raise ValueError(f"adapter_dtype must be float32 or the model's {self.dtype}, got {self.adapter_dtype}")
+        if self.quantise is not None and changes_base(self.method):
+            raise ValueError(
+                f"method {self.method} changes the base's weights, which then are not of {self.quantise.bits} bits: "
+                "choose another method, or quantise=null"
+            )
         return self
 
     @property
@@ -190,9 +203,30 @@ def load_run(path: Path, overrides: Iterable[str] = (), *, small: bool = False) 
         path: Such as ``experiments/word_problems/lora.yaml``; also found in what an installed package carries.
         overrides: ``key=value`` pairs.
         small: Put ``experiments/small.yaml`` between file and overrides: the same recipe on a small model.
+
+    Raises:
+        ConfigError: As :func:`resolve` and :func:`overridden` say.
     """
     differences = read_run_file(path)
-    return resolve(differences, small_scale(differences) if small else {}, parse_overrides(overrides))
+    layers = [differences, small_scale(differences)] if small else [differences]
+    return overridden(layers, parse_overrides(overrides))
+
+
+def overridden(layers: Iterable[Mapping[str, Any]], changes: Mapping[str, Any]) -> RunConfig:
+    """What files say, with a user's changes: a full run that does less than its file is a small one.
+
+    Args:
+        layers: As for :func:`resolve`.
+        changes: Keys over all of them.
+
+    Raises:
+        ConfigError: For a key that only a file may decide.
+    """
+    if decided := [key for key in changes if key in DECIDED]:
+        raise ConfigError(f"{decided[0]} cannot be set here: the run file decides it (--small makes a small run)")
+    before, after = resolve(*layers), resolve(*layers, changes)
+    less = any(getattr(before, key) != getattr(after, key) for key in AMOUNT)
+    return after.model_copy(update={"scale": "small"}) if less else after
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

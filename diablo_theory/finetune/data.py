@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diablo_theory.errors import ConfigError
 from diablo_theory.finetune.tasks import Example
 
 IGNORED = -100
@@ -22,10 +23,11 @@ Ids = NDArray[np.int32]
 
 
 class Encoded(TypedDict):
-    """Token ids of one example; the answer ends in the end-of-sequence token unless it was cut."""
+    """Token ids of one example; the answer ends in the end-of-sequence token unless its end was cut off."""
 
     prompt_ids: Ids
     answer_ids: Ids
+    cut: bool
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None = None) -> list[Encoded]:
@@ -36,20 +38,37 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None =
         tokenizer: A transformers tokenizer.
         max_length: Tokens at which an example is cut: first its answer's end, then its prompt's beginning, of which
             one token and an answer of one token are left in any case.
+
+    Raises:
+        ConfigError: If the tokenizer has no end-of-sequence token.
     """
-    if not examples:
-        return []
-    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
-    answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
+    if (end := tokenizer.eos_token_id) is None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so no answer could end: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    prompts: list[list[int]] = [[] for _ in examples]
+    for bare in sorted({example.bare for example in examples}):
+        places = [place for place, example in enumerate(examples) if example.bare == bare]
+        texts = [examples[place].prompt for place in places]
+        for place, ids in zip(places, _ids(texts, tokenizer, special=not bare), strict=True):
+            prompts[place] = ids
+    answers = _ids([example.answer for example in examples], tokenizer, special=False)
     return [_cut(prompt, [*answer, end], max_length) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+def _ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+    return ids
+
+
 def _cut(prompt: list[int], answer: list[int], max_length: int | None) -> Encoded:
+    whole = len(prompt) + len(answer)
     if max_length is not None:
         answer = answer[: max(1, max_length - len(prompt))]
         prompt = prompt[-max(1, max_length - len(answer)) :]
-    return Encoded(prompt_ids=np.array(prompt, np.int32), answer_ids=np.array(answer, np.int32))
+    cut = len(prompt) + len(answer) < whole
+    return Encoded(prompt_ids=np.array(prompt, np.int32), answer_ids=np.array(answer, np.int32), cut=cut)
 
 
 def length(encoded: Encoded) -> int:
@@ -58,10 +77,17 @@ def length(encoded: Encoded) -> int:
 
 
 class Ordered(Dataset[Encoded]):
-    """Encoded examples in the order in which a run meets them, each as often as it does."""
+    """Encoded examples in the order in which a run meets them, each as often as it does.
+
+    Attributes:
+        examples: Each once.
+        order: Which of them each place in training takes.
+        cut: How many of the examples were too long, and lost a part.
+    """
 
     def __init__(self, examples: Sequence[Encoded], order: Sequence[int]) -> None:
         self.examples, self.order = examples, order
+        self.cut = sum(example["cut"] for example in examples)
 
     def __len__(self) -> int:
         return len(self.order)

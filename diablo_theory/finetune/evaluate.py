@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Score a model on problems.
 
-    Problems of similar length are decoded together, which changes no score but for rounding.
+    Problems of similar length are decoded together, which changes no score but for rounding; samples are drawn a
+    problem at a time.
 
     Args:
         model: A causal language model; its mode (train or eval) is restored afterwards.
@@ -60,13 +62,26 @@ def evaluate(
         for items in _batches(order, batch_size):
             batch = [examples[item] for item in items]
             measured = measure(model, tokenizer, batch)
-            drawn = complete(model, tokenizer, batch, decoding, seed=seed + items[0])
+            drawn = _completions(model, tokenizer, batch, decoding, seed)
             for item, example, texts, found in zip(items, batch, drawn, measured, strict=True):
                 rows[item] = _row(item, example, texts, private=task.private) | judge(example, texts) | found
             advance(len(batch))
     finally:
         model.train(was_training)
     return pd.DataFrame([rows[item] for item in range(len(examples))])
+
+
+def _completions(
+    model: Any, tokenizer: Any, batch: Sequence[Example], decoding: Decoding, seed: int
+) -> list[list[str]]:
+    """Samples are drawn a problem at a time, from a seed of its own: no other problem in the batch changes them."""
+    if decoding.temperature == 0:
+        return complete(model, tokenizer, batch, decoding)
+    return [complete(model, tokenizer, [example], decoding, _seed_of(example, seed))[0] for example in batch]
+
+
+def _seed_of(example: Example, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {example.prompt}".encode()).digest()[:4])
 
 
 def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -160,7 +175,7 @@ def choice_losses(model: Any, tokenizer: Any, batch: Sequence[Example]) -> list[
     most = max(len(example.choices) for example in batch)
     # Rows beside the others' that an example with fewer choices lacks repeat its first.
     padded = [[*example.choices, *[example.choices[0]] * (most - len(example.choices))] for example in batch]
-    variants = [Example(e.prompt, choice, "") for e, choices in zip(batch, padded, strict=True) for choice in choices]
+    variants = [replace(e, answer=choice) for e, choices in zip(batch, padded, strict=True) for choice in choices]
     encoded = encode(variants, tokenizer)
     prompts = [encoded[row * most]["prompt_ids"] for row in range(len(batch))]
     ids = pad_left(prompts, tokenizer.pad_token_id).to(device)
@@ -201,7 +216,7 @@ def _pad_right(rows: Sequence[Ids], value: int) -> Tensor:
 def complete(
     model: Any, tokenizer: Any, batch: Sequence[Example], decoding: Decoding, seed: int = 0
 ) -> list[list[str]]:
-    """What the model writes after each prompt, special tokens removed, cut at the first stop text.
+    """What the model writes after each prompt to the letter, special tokens removed, cut at the first stop text.
 
     Args:
         model: A causal language model.
@@ -233,11 +248,27 @@ def complete(
             **(sampling if decoding.temperature > 0 else {}),
             **stops,
         )
-    texts = [
-        _until(text, decoding.stop)
-        for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    ]
+    texts = [_until(text, decoding.stop) for text in continuations(tokenizer, out[:, ids.shape[1] :])]
     return [texts[row * decoding.samples : (row + 1) * decoding.samples] for row in range(len(batch))]
+
+
+#: Text before a completion while it is decoded: a letter, so that it is a token of its own everywhere.
+_LEAD = "x"
+
+
+def continuations(tokenizer: Any, ids: Tensor) -> list[str]:
+    """Texts as they go on after others.
+
+    Tokenizers such as Llama 2's take a blank away where a text begins, which a completion does not do.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        ids: Shape (texts, tokens).
+    """
+    lead = torch.tensor(tokenizer(_LEAD, add_special_tokens=False)["input_ids"], dtype=ids.dtype, device=ids.device)
+    texts = tokenizer.batch_decode(torch.cat([lead.expand(len(ids), -1), ids], 1), skip_special_tokens=True)
+    head = tokenizer.decode(lead, skip_special_tokens=True)  # nothing, where the letter is unknown
+    return [text.removeprefix(head) for text in texts]
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

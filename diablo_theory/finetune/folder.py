@@ -1,8 +1,9 @@
 """A run folder: configuration first, metrics last, and whatever was finished in between is not done again.
 
-Holds config.json, environment.json, checkpoints/ while it trains, log.csv, trainable.safetensors, adapter/ (peft's own
-layout, for adapters), quantised.csv (a row a layer, for a quantised base), predictions/TASK.csv, and when all is done
-metrics.json; failed.json after a divergence.
+Holds config.json, inputs.json (digests of weights and data), environment.json (an entry an attempt: versions, machine,
+commit), checkpoints/ while it trains, log.csv, trainable.safetensors, adapter/ (peft's own layout, where loading it on
+the base named there gives the trained model), quantised.csv (a row a layer, for a quantised base),
+predictions/TASK.csv, and when all is done metrics.json; failed.json after a divergence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from diablo_theory.finetune.train import WEIGHTS, last_whole_checkpoint
 
 CONFIG, ENVIRONMENT, METRICS, FAILED = "config.json", "environment.json", "metrics.json", "failed.json"
 LOG, PREDICTIONS, ADAPTER, CHECKPOINTS = "log.csv", "predictions", "adapter", "checkpoints"
-QUANTISED = "quantised.csv"
+QUANTISED, INPUTS = "quantised.csv", "inputs.json"
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -47,6 +48,23 @@ def check_owner(folder: Path, config: RunConfig) -> None:
             f"{folder} belongs to a run with {key}={there.get(key)!r}, not {wanted.get(key)!r}: "
             "choose another folder, or move that one away"
         )
+
+
+def check_inputs(folder: Path, found: dict[str, Any]) -> None:
+    """Raise ResultsError if a run was begun with other weights or data.
+
+    Args:
+        folder: Of the run; one that has noted nothing yet is fine.
+        found: Names to digests, of what is there now.
+    """
+    path = folder / INPUTS
+    before = read_json(path) if path.is_file() else {}
+    for name in before.keys() & found.keys():
+        if before[name] != found[name]:
+            raise ResultsError(
+                f"{folder} was begun with other contents of {name}: SHA-256 {before[name]}, now {found[name]}. "
+                "Put back what was there, or choose another folder"
+            )
 
 
 @contextmanager

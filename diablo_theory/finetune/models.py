@@ -53,9 +53,13 @@ PACKAGED = {
 }
 
 
+#: The source of what is neither a package nor a folder; with the commit behind it once it is loaded.
+HUB = "hub"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, and where it came from (for the manifest)."""
+    """A model with its tokenizer, where it came from, and the SHA-256 of its weights where they were files here."""
 
     model: Any
     tokenizer: Any
@@ -85,6 +89,8 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
     folder, source, sha256 = _located(name)
     with _cannot_be_loaded(name, source):
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+        if source == HUB:  # a branch moves; the commit says which weights these are
+            source = f"{HUB}@{getattr(model.config, '_commit_hash', None)}"
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -109,17 +115,26 @@ def load_network(name: str) -> Any:
 
 
 def _located(name: str) -> tuple[Path, str, str | None]:
-    """Where a model lies, what its source is called, and the weights' SHA-256 if they were published with one."""
+    """Where a model lies, what its source is called, and the SHA-256 of its weights where they are files here."""
     if name in PACKAGED:
         folder = packaged_model(name)
         return folder, PACKAGED[name].requirement, read_json(folder / "source.json")["sha256"]
     if Path(name).is_dir():
-        return Path(name), "local folder", None
+        return Path(name), "local folder", _sha256_of_weights(Path(name))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return Path(name), "hub", None
+        return Path(name), HUB, None
     raise ModelUnavailableError(
         f"model {name!r} is neither a known name, nor a local folder, nor a hub id.{nearest(name, PACKAGED)}"
     )
+
+
+def _sha256_of_weights(folder: Path) -> str | None:
+    """Of one file its own; of several that of the lines ``name sha256``."""
+    files = sorted(file for suffix in ("safetensors", "bin") for file in folder.glob(f"*model*.{suffix}"))
+    if len(files) < 2:
+        return sha256_of(files[0]) if files else None
+    lines = "".join(f"{file.name} {sha256_of(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @contextmanager

@@ -24,8 +24,10 @@ from diablo_theory.finetune.folder import (
     CONFIG,
     ENVIRONMENT,
     FAILED,
+    INPUTS,
     LOG,
     METRICS,
+    check_inputs,
     check_owner,
     finished,
     held,
@@ -33,7 +35,7 @@ from diablo_theory.finetune.folder import (
 from diablo_theory.finetune.models import load_model
 from diablo_theory.finetune.scoring import score_tasks
 from diablo_theory.finetune.setup import Board, Load, Setup, read_problems, set_up, trained_model
-from diablo_theory.finetune.train import WEIGHTS, train
+from diablo_theory.finetune.train import MEMORY, WEIGHTS, train
 from diablo_theory.provenance import provenance
 
 
@@ -49,7 +51,8 @@ def execute(config: RunConfig, folder: Path, board: Board, load: Load = load_mod
         load: Gives the model; called only if there is something left to do.
 
     Returns:
-        The metrics: run_id, suite, method, label, model and its source, seed, counts, ``scores`` by task and the
+        The metrics: run_id, suite, method, label, model and its source, seed, counts, seconds and peak memory of
+        training, ``scores`` by task and the
         conditions that they were made under, provenance.
 
     Raises:
@@ -73,10 +76,10 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         load: Gives the model.
 
     Returns:
-        The metrics, with the new scores in them; also written, if the run was finished before.
+        The metrics, with the new scores in them and, under ``scored_later``, where those were made.
 
     Raises:
-        ResultsError: If the folder holds no trained run.
+        ResultsError: If the folder holds no finished run with its weights, or the base or data are others by now.
         ConfigError: If a task is unknown or its data are missing.
     """
     if not (folder / CONFIG).is_file():
@@ -92,8 +95,12 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         looks = config.method in methods.FAMILIES and bool(methods.FAMILIES[config.method].start)
         problems = read_problems(config, train=looks)
         setup = trained_model(config, folder, board, load, problems.train)
+        digests = {name: value for name, value in problems.digests().items() if name != "train"}
+        _note_inputs(folder, setup, digests)
+        fresh = [name for name in problems.score if name not in metrics["scores"]]
         metrics["scores"] |= score_tasks(config, folder, board, setup, problems)
-        metrics["data"] |= {name: value for name, value in problems.digests().items() if name != "train"}
+        metrics["data"] |= digests
+        metrics.setdefault("scored_later", {}).update(dict.fromkeys(fresh, _environment(setup)))
         metrics["conditions"] |= problems.conditions
         if PartialState().is_main_process:
             write_json(folder / METRICS, metrics)
@@ -109,10 +116,12 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
     problems = read_problems(config)
     setup = set_up(config, folder, board, load, problems.train)
     steps = 0 if setup.data is None else len(setup.data) // config.batch_size
-    environment, label = provenance(setup.loaded.model.device), setup.prepared.label
+    label, model_sha256, digests = setup.prepared.label, setup.loaded.sha256, problems.digests()
+    _note_inputs(folder, setup, digests)
+    attempts = [*_attempts(folder), _environment(setup)]
     if first:  # only a run that can start owns the folder
         write_json(folder / CONFIG, config.model_dump(mode="json"))
-        write_json(folder / ENVIRONMENT, {"steps": steps} | environment)
+        write_json(folder / ENVIRONMENT, {"steps": steps, "attempts": attempts})
     try:
         log = None if setup.data is None else _train(config, folder, board, setup, setup.data)
         if PartialState().num_processes > 1 and log is not None:
@@ -122,14 +131,15 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
         scores = score_tasks(config, folder, board, setup, problems)
     except NonFiniteError as error:
         if first:
-            write_json(failed, {"label": label, "error": str(error)})
+            write_json(failed, {"label": label, "error": str(error), "model_sha256": model_sha256})
         raise
     metrics = _metrics(config, folder, setup, log) | {
         "train_examples": len(problems.train),
+        "cut_examples": 0 if setup.data is None else setup.data.cut,
         "scores": scores,
-        "data": problems.digests(),
+        "data": digests,
         "conditions": problems.conditions,
-        "provenance": environment,
+        "provenance": _over_all(attempts),
     }
     if first:
         _conclude(config, folder, setup.prepared, metrics)
@@ -137,8 +147,34 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
     return metrics
 
 
+def _note_inputs(folder: Path, setup: Setup, digests: dict[str, str]) -> None:
+    """Note which weights and data a run has, or refuse to go on with others."""
+    found = {"the base's weights": setup.loaded.sha256 or setup.loaded.source} | digests
+    check_inputs(folder, found)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        path = folder / INPUTS
+        write_json(path, (read_json(path) if path.is_file() else {}) | found)
+
+
+def _environment(setup: Setup) -> dict[str, Any]:
+    return provenance(setup.loaded.model.device) | {"processes": PartialState().num_processes}
+
+
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    path = folder / ENVIRONMENT
+    return list(read_json(path)["attempts"]) if path.is_file() else []
+
+
+def _over_all(attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last attempt's environment, and what is true of any of them: changed files, several commits."""
+    commits = list(dict.fromkeys(str(attempt["commit"]) for attempt in attempts))
+    several = {"commits": commits} if len(commits) > 1 else {}
+    return attempts[-1] | several | {"attempts": len(attempts), "dirty": any(each["dirty"] for each in attempts)}
+
+
 def _conclude(config: RunConfig, folder: Path, prepared: methods.Prepared, metrics: dict[str, Any]) -> None:
-    if config.keep_weights and isinstance(prepared.model, PeftModel):
+    if config.keep_weights and isinstance(prepared.model, PeftModel) and _loads_on_its_base(config):
         # The name that everybody knows the base by, not where it lies on this machine.
         for adapter in prepared.model.peft_config.values():
             adapter.base_model_name_or_path = config.model
@@ -149,6 +185,16 @@ def _conclude(config: RunConfig, folder: Path, prepared: methods.Prepared, metri
     write_json(folder / METRICS, metrics)
     if not config.keep_weights:
         (folder / WEIGHTS).unlink(missing_ok=True)
+
+
+def _loads_on_its_base(config: RunConfig) -> bool:
+    """Whether peft's files of this adapter, put on the model that they name, are the trained model.
+
+    Not where the base was quantised on the way, nor where the start has taken something from data out of its weights
+    (peft would start from other data, or none).
+    """
+    family = methods.FAMILIES[config.method]
+    return config.quantise is None and not (family.start and family.changes_base)
 
 
 def _metrics(config: RunConfig, folder: Path, setup: Setup, log: pd.DataFrame | None) -> dict[str, Any]:
@@ -167,6 +213,8 @@ def _metrics(config: RunConfig, folder: Path, setup: Setup, log: pd.DataFrame | 
         "learning_rate": None if log is None else config.learning_rate,
         "steps": 0 if log is None else len(log),
         "train_seconds": None if log is None else float(log["seconds"].sum()),
+        # On a CPU a process's memory holds more than the run; `diablo-theory bench` measures it apart.
+        "peak_memory_mib": None if log is None or MEMORY not in log else float(log[MEMORY].max()),
         "final_train_loss": None if log is None else float(log["loss"].iloc[-1]),
     }
 

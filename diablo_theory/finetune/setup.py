@@ -69,6 +69,7 @@ def read_problems(config: RunConfig, *, train: bool = True) -> Problems:
     """
     ready = {name: check() for name in config.evaluate_on if (check := TASKS[name].ready)}
     options: dict[str, Any] = {"seed": config.seed, "protocol": config.protocol, "data_root": config.data_root}
+    options["whole"] = config.scale == "full"
     wanted = Wanted("train", config.train_limit, **options)
     learning = TASKS[config.train_on].examples(wanted) if train and config.method != "none" else []
     score = {

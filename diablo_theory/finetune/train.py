@@ -30,13 +30,17 @@ from diablo_theory.files import fsync, read_json, write_json, write_tensors
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import Ordered, collate
 from diablo_theory.finetune.models import pick_device
-from diablo_theory.methods import Prepared, load_trainable_state, trainable_state
+from diablo_theory.methods import Prepared, classes_in_state, load_trainable_state, move_state, trainable_state
 
 WEIGHTS = "trainable.safetensors"
 #: Written last into a checkpoint, after everything else has reached the disk: a folder without it is half-written.
 SEAL = "complete.json"
 #: Of a batch whose loss is not finite, so many examples are named.
 NAMED = 16
+#: Column of the log on a GPU: the most MiB that tensors have held there since training began.
+MEMORY = "memory_mib"
+#: A loss scale below this means that no scale helps. Source: fairseq's ``min_loss_scale``.
+SMALLEST_SCALE = 1e-4
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -74,14 +78,28 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Forward and backward; at the end of a batch also the norms of each group's gradient, before clipping."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
+            started = time.perf_counter()
+            scaler = self.accelerator.scaler  # in float16 on a GPU: gradients are those of the loss times its scale
+            scale = 1.0 if scaler is None else scaler.get_scale()
             self._norms = {
-                f"grad_norm/{name}": _gradient_norm(model, part) for name, part in self._prepared.groups.items()
+                f"grad_norm/{name}": _gradient_norm(model, part) / scale
+                for name, part in self._prepared.groups.items()
             }
-            # A loss that is not finite makes the gradients so, and their norms are the same in all processes: all of
-            # them stop here or none does.
-            if not all(map(math.isfinite, (*self._norms.values(), loss.item()))):
+            if self._has_diverged(loss, scale if scaler is not None else None):
                 self._stop(loss.item())
+            self._timer.aside += time.perf_counter() - started
         return loss
+
+    def _has_diverged(self, loss: Tensor, scale: float | None) -> bool:
+        """Whether to stop; all processes say the same.
+
+        A loss that is not finite makes the gradients so, and their norms are the same in all processes. Under a
+        scaler they also overflow when the scale is too large: it leaves such a step out and takes a smaller scale.
+        """
+        if scale is None:
+            return not all(map(math.isfinite, (*self._norms.values(), loss.item())))
+        losses: Tensor = self.accelerator.gather(loss.detach())
+        return scale < SMALLEST_SCALE or not bool(losses.isfinite().all())
 
     def _stop(self, loss: float) -> None:
         state = whole_state(self.model_wrapped)
@@ -99,9 +117,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the group norms and the step's seconds to the per-step entries."""
-        ours = {**self._norms, "seconds": self._timer.seconds} if "loss" in logs else {}
-        super().log({**logs, **ours}, start_time)
+        """Adds the group norms, the step's seconds and, on a GPU, the peak of memory to the per-step entries."""
+        if "loss" in logs:
+            logs = {**logs, **self._norms, "seconds": self._timer.seconds}
+            if self.args.device.type == "cuda":
+                logs[MEMORY] = torch.cuda.max_memory_allocated(self.args.device) / 2**20
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what training changes: the base model is the same for everybody."""
@@ -111,20 +132,35 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(folder / WEIGHTS, state)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with torch.serialization.safe_globals(classes_in_state()):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            move_state(self.optimizer)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_whole_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 class _Timer(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Seconds of the last whole step: forward, backward, clipping and the optimizer's update."""
+    """Seconds of the last whole step: forward, backward, clipping and the optimizer's update.
+
+    What is measured for the log alone (``aside``) does not count: methods have different numbers of groups.
+    """
 
     seconds = 0.0
+    aside = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.aside = 0.0
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.perf_counter() - self._started - self.aside
 
 
 class _Seal(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -174,7 +210,7 @@ def train(
 
     Returns:
         The log, a row a step: step, loss, learning_rate, grad_norm (all before clipping), a grad_norm/GROUP column a
-        group, seconds. And the trained parameters, whole, in the first process.
+        group, seconds, and on a GPU memory_mib. And the trained parameters, whole, in the first process.
 
     Raises:
         NonFiniteError: If a loss or gradient is not finite; the last good parameters are kept.
@@ -202,6 +238,7 @@ def train(
         raise
     norms = [f"grad_norm/{group}" for group in prepared.groups]
     columns = ["step", "loss", "learning_rate", "grad_norm", *norms, "seconds"]
+    columns += [MEMORY] if trainer.args.device.type == "cuda" else []
     log = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry], columns=columns)
     return log, whole_state(trainer.model_wrapped)
 

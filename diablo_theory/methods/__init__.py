@@ -50,6 +50,7 @@ from diablo_theory.methods.families import (
     changes_base,
     has_adapter,
 )
+from diablo_theory.methods.optimizers import classes_in_state, move_state
 from diablo_theory.methods.prepare import Prepared, check_options, prepare, why_unquantised
 from diablo_theory.methods.sizes import knob_of, label_of, nearest_knob
 from diablo_theory.methods.state import load_trainable_state, trainable_state
@@ -64,10 +65,12 @@ __all__ = [
     "Prepared",
     "changes_base",
     "check_options",
+    "classes_in_state",
     "has_adapter",
     "knob_of",
     "label_of",
     "load_trainable_state",
+    "move_state",
     "nearest_knob",
     "prepare",
     "target_layers",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 
 from diablo_theory.errors import ConfigError
 
@@ -87,3 +87,27 @@ def _galore(
         no_deprecation_warning=True,
     )
     return made
+
+
+def classes_in_state() -> list[Any]:
+    """Classes whose objects an optimizer keeps in its state, which a checkpoint may hold beside tensors."""
+    try:
+        return [import_module("galore_torch.galore_projector").GaLoreProjector]
+    except ImportError:
+        return []
+
+
+def move_state(optimizer: torch.optim.Optimizer) -> None:
+    """Bring what torch leaves where a checkpoint was read to where the parameters are.
+
+    torch moves tensors that are kept by parameter. LoRA-FA keeps its own by the names of layers, and GaLore keeps
+    projectors, objects that hold a tensor.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    entries: dict[Any, dict[str, Any]] = dict(optimizer.state)  # torch's types know parameters as keys alone
+    for key, entry in entries.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and not isinstance(key, Tensor):
+                entry[name] = value.to(device)
+            elif isinstance(matrix := getattr(value, "ortho_matrix", None), Tensor):
+                value.ortho_matrix = matrix.to(device)

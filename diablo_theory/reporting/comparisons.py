@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.intervals import paired_difference, score
 from diablo_theory.reporting.suites import Suites, metrics_of
 
 #: Keys that do not make two runs different experiments.
-ELSEWHERE = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
+IRRELEVANT = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
 #: Keys that may differ between experiments that are compared: the table they belong to, the method, how it is set.
 METHOD = ("suite", "method", "num_blocks", "learning_rate", "rank", "alpha")
 #: The method that the others are compared with.
@@ -28,16 +29,28 @@ def experiments(suites: Suites) -> pd.DataFrame:
         compared.
     """
     configs = suites.configs
-    keys = [key for key in _config_keys(configs) if key not in ("run_id", *ELSEWHERE)]
+    # The weights themselves, since a name or a folder may stand for others on another day.
+    keys = [key for key in _config_keys(configs) if key not in ("run_id", *IRRELEVANT)] + ["model_sha256"]
     text = configs[keys].astype(str)
     shared = [key for key in keys if key not in METHOD]
-    return pd.DataFrame(
+    named = pd.DataFrame(
         {
             "run_id": configs["run_id"],
             "experiment": text.groupby(keys, sort=False, dropna=False).ngroup(),
             "alike": text.groupby(shared, sort=False, dropna=False).ngroup(),
         }
     )
+    _require_one(named, configs, "conditions", "were scored under different conditions")
+    return named
+
+
+def _require_one(named: pd.DataFrame, configs: pd.DataFrame, column: str, what: str) -> None:
+    """Refuse to put runs into one number that differ in something which their configuration does not say."""
+    ended = configs[configs["state"] == "finished"].merge(named)
+    several = ended.groupby("experiment")[column].agg(lambda values: len(set(values.astype(str))) > 1)
+    if several.any():
+        same = ended[ended["experiment"] == several.idxmax()].drop_duplicates(column)["run_id"]
+        raise ResultsError(f"{same.iloc[0]} and {same.iloc[1]} {what}, so they are not one experiment")
 
 
 def _config_keys(configs: pd.DataFrame) -> list[str]:
@@ -50,7 +63,8 @@ def scores(suites: Suites) -> pd.DataFrame:
 
     Returns:
         A row an experiment, task and metric: suite, task, model, method, label, setting, experiment, alike, metric,
-        value, low, high (95%), n, seeds, trainable_params, scale, base (how the base's weights are kept), and the
+        value, low, high (95%), n, seeds, diverged (further seeds that training did not survive; where none did, a row
+        of NaN), trainable_params, scale, base (how the base's weights are kept), and the
         configuration's learning_rate, num_blocks.
     """
     named = experiments(suites).merge(suites.configs, on="run_id")
@@ -60,14 +74,20 @@ def scores(suites: Suites) -> pd.DataFrame:
     kept = ["suite", "model", "method", "label", "setting", "alike", "scale", "trainable_params"]
     kept += ["learning_rate", "num_blocks", "base"]
     known = about.set_index("experiment")[kept].to_dict("index")
+    diverged = named[named["state"] == "diverged"]["experiment"].value_counts()
     rows = []
     outcomes = suites.outcomes.merge(named[["run_id", "experiment"]], on="run_id")
     for (experiment, task), items in outcomes.groupby(["experiment", "task"], sort=False):
-        same = {"experiment": experiment, "task": task} | known[experiment]
+        same = {"experiment": experiment, "task": task, "diverged": diverged.get(experiment, 0)} | known[experiment]
         for metric in metrics_of(items):
             found = score(items, metric)
             interval = {"value": found.value, "low": found.low, "high": found.high}
             rows.append(same | {"metric": metric} | interval | {"n": found.n, "seeds": found.seeds})
+    nothing = dict.fromkeys(("value", "low", "high"), float("nan")) | {"metric": "loss_per_token", "n": 0, "seeds": 0}
+    for experiment in diverged.index.difference(pd.Index(outcomes["experiment"])):
+        for task in json.loads(about.set_index("experiment").loc[experiment, "evaluate_on"]):
+            same = {"experiment": experiment, "task": task, "diverged": diverged[experiment]} | known[experiment]
+            rows.append(same | nothing)
     return pd.DataFrame(rows)
 
 
@@ -83,14 +103,18 @@ def differences(suites: Suites) -> pd.DataFrame:
     """Every experiment's scores minus DiaBlo's, over the problems and seeds that both have.
 
     DiaBlo's is the one experiment with it that is alike in all but the method; of several (other N, other learning
-    rates) the one in the suite that is named after the task.
+    rates) the one in the suite that is named after the task. The untouched model is the same for every seed.
 
     Returns:
         A row a pair, task and metric: experiment, reference, task, metric, value, low, high (95%), n, seeds.
+
+    Raises:
+        ResultsError: If two of one seed were not trained on the same examples or scored on the same problems.
     """
     named = experiments(suites)
     outcomes = suites.outcomes.merge(named, on="run_id")
     about = named.merge(suites.configs, on="run_id").drop_duplicates("experiment").set_index("experiment")
+    untouched = set(about.index[about["method"] == "none"])
     rows = []
     for (_, task), group in outcomes.groupby(["alike", "task"], sort=False):
         reference = _reference(about.loc[group["experiment"].unique()], str(task))
@@ -98,7 +122,10 @@ def differences(suites: Suites) -> pd.DataFrame:
             continue
         second = group[group["experiment"] == reference]
         for experiment, first in group.groupby("experiment", sort=False):
+            if experiment in untouched and len(set(first["seed"])) == 1:
+                first = pd.concat([first.assign(seed=seed) for seed in second["seed"].unique()])
             if experiment != reference and set(first["seed"]) & set(second["seed"]):
+                _require_same_training(suites.configs, first, second)
                 pair = {"experiment": experiment, "reference": reference, "task": task}
                 rows += [pair | found for found in _paired(first, second)]
     columns = ["experiment", "reference", "task", "metric", "value", "low", "high", "n", "seeds"]
@@ -110,6 +137,17 @@ def _reference(group: pd.DataFrame, task: str) -> Any:
     if len(candidates) > 1:
         candidates = candidates[candidates["suite"] == task]
     return candidates.index[0] if len(candidates) == 1 else None
+
+
+def _require_same_training(configs: pd.DataFrame, first: pd.DataFrame, second: pd.DataFrame) -> None:
+    data = configs[configs["method"] != "none"].set_index("run_id")["train_data"]
+    one, two = (
+        side.drop_duplicates("seed").set_index("seed")["run_id"].map(data).dropna() for side in (first, second)
+    )
+    for seed in one.index.intersection(two.index):
+        if one[seed] != two[seed]:
+            labels = f"{first['label'].iloc[0]} and {second['label'].iloc[0]}"
+            raise ResultsError(f"{labels} of seed {seed} were not trained on the same examples: they do not compare")
 
 
 def _paired(first: pd.DataFrame, second: pd.DataFrame) -> Iterator[dict[str, Any]]:

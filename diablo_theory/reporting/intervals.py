@@ -110,7 +110,8 @@ def score(items: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
     """Difference ``first - second`` of two methods' scores over the same problems and the seeds both have.
 
-    Each resample draws clusters of problems once for both methods; seeds enter as :func:`_estimate` says.
+    Each resample draws clusters of problems once for both methods; seeds enter as :func:`_estimate` says. Percentages
+    that do not vary (all solved or none, on either side) get Newcombe's interval over the clusters instead.
 
     Args:
         first: Rows of one task and method.
@@ -135,7 +136,23 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, se
         return Estimate(np.nan, np.nan, np.nan, np.nan, top1.shape[1], len(shared))
     one, two = _resample([(top1, bottom1), (top2, bottom2)], clusters, seed)
     by_seed = _by_seed(top1, bottom1) - _by_seed(top2, bottom2)
-    return _estimate(one - two, by_seed, int(clusters.max()) + 1, top1.shape[1])
+    units = int(clusters.max()) + 1
+    found = _estimate(one - two, by_seed, units, top1.shape[1])
+    if _columns(metric)[1] is None and all(np.ptp(top) == 0 for top in (top1, top2)):
+        low, high = _newcombe(float(_by_seed(top1, bottom1).mean()), float(_by_seed(top2, bottom2).mean()), units)
+        return replace(found, low=low, high=high)
+    return found
+
+
+def _newcombe(first: float, second: float, units: int) -> tuple[float, float]:
+    """Ends of the interval of a difference of two percentages, each of so many units.
+
+    Source: Newcombe (1998), method 10: the two Wilson intervals, put together.
+    """
+    one, two = (wilson(round(value * units / 100), units) for value in (first, second))
+    below = float(np.hypot(one.value - one.low, two.high - two.value))
+    above = float(np.hypot(one.high - one.value, two.value - two.low))
+    return first - second - below, first - second + above
 
 
 def time_ratio(step_times: pd.DataFrame, method: str, reference: str) -> Estimate:

@@ -25,6 +25,7 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         table: The section ``methods``.
         note: The line about the scale.
     """
+    table = table.dropna(subset=["loss_per_token"])
     tasks = list(dict.fromkeys(table["task"]))
     lines = max(table["task"].value_counts())
     figure = Figure(figsize=(WIDTH, 0.4 + (0.85 + 0.22 * lines) * len(tasks)))
@@ -36,10 +37,9 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         dots(left, same, "exact_match", look, "{:.1f}")
         left.set(title=f"{task_name(task)}, {problems} problems, {seeds} seeds", xlim=(-3, 118))
         left.set_xticks(range(0, 101, 25))
-        # What was not trained can be far away; the axis shows the trained ones.
-        trained = same[same["method"] != "none"]
         dots(right, same, "loss_per_token", look, "{:.3f}")
-        _fit(right, trained)
+        _fit(right, same[same["method"] != "none"])
+        _point_to_what_lies_outside(right, same)
         right.set_yticklabels([])
     panels[-1, 0].set_xlabel("exact match, % (more is better)")
     panels[-1, 1].set_xlabel(f"{LOSS} (less is better)")
@@ -61,7 +61,7 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * rows))
     panels = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, name in zip(panels, present, strict=False):
-        drawers[name](axes, sections[name].reset_index(drop=True))
+        drawers[name](axes, sections[name].dropna(subset=["loss_per_token"]).reset_index(drop=True))
         axes.set_title({"learning_rates": "Learning rate", "blocks": "Number of blocks"}.get(name, name.capitalize()))
     for axes in panels[len(present) :]:
         axes.set_axis_off()
@@ -77,6 +77,14 @@ def _looks(table: pd.DataFrame) -> dict[str, Look]:
 def _fit(axes: Axes, table: pd.DataFrame) -> None:
     low, high = table["loss_per_token_low"].min(), table["loss_per_token_high"].max()
     axes.set_xlim(low - 0.05 * (high - low), high + 0.3 * (high - low))
+
+
+def _point_to_what_lies_outside(axes: Axes, table: pd.DataFrame) -> None:
+    """The untouched model can be far away from the trained ones."""
+    end = axes.get_xlim()[1]
+    for place, loss in enumerate(table["loss_per_token"]):
+        if loss > end:
+            axes.annotate(f"{loss:.3f} →", (end, place), ha="right", va="center", fontsize=8)
 
 
 def _curve(axes: Axes, table: pd.DataFrame, over: str, look: Look, label: str) -> None:
@@ -112,7 +120,7 @@ def _rows(axes: Axes, table: pd.DataFrame) -> None:
     named = table.assign(label=_with_base(table))
     dots(axes, named, "loss_per_token", dict(zip(named["label"], table["label"].map(look), strict=True)), "{:.3f}")
     _fit(axes, table)
-    axes.set_xlabel(f"{LOSS} (less is better)")
+    axes.set_xlabel(LOSS)
 
 
 def _with_base(table: pd.DataFrame) -> list[str]:

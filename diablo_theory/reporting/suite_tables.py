@@ -8,7 +8,7 @@ import pandas as pd
 
 from diablo_theory.reporting.comparisons import differences, scores
 from diablo_theory.reporting.suites import Suites
-from diablo_theory.reporting.tables import interval, task_name
+from diablo_theory.reporting.tables import interval, markdown, task_name
 
 #: Metrics of a table, with their heading, digits, and heading and digits of the difference.
 SHOWN = {
@@ -51,6 +51,7 @@ def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
         experiment; value, low, high of each metric as ``exact_match``, ``exact_match_low``, ...; and of the difference
         to DiaBlo as ``exact_match_less``, ``exact_match_less_low``, ...
     """
+    suites = _of_tests(suites)
     less = differences(suites).drop(columns=["reference", "n", "seeds"])
     wide = _wide(scores(suites), "").join(_wide(less, "_less")).reset_index()
     own = wide["suite"] == wide["task"]
@@ -73,6 +74,13 @@ def title(name: str) -> str:
     return SECTIONS[name].title if name in SECTIONS else task_name(name)
 
 
+def _of_tests(suites: Suites) -> Suites:
+    """Without runs that were scored on validation problems, which chose something and measure nothing."""
+    configs = suites.configs[suites.configs["eval_split"] == "test"]
+    rows, outcomes = (frame[frame["run_id"].isin(configs["run_id"])] for frame in (suites.rows, suites.outcomes))
+    return Suites(rows, configs, outcomes)
+
+
 def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:
     """A row an experiment and task: the metrics side by side, and what is the same for all of them."""
     key = ["experiment", "task"]
@@ -85,13 +93,13 @@ def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """Tasks in order of appearance; within each, the untouched model, full fine-tuning, DiaBlo, and the others."""
-    first = {"none": 0, "full": 1, "diablo": 2}
+    """Tasks in order of appearance; within each, the untouched model, full fine-tuning, DiaBlo, LoRA, the others."""
+    first = {"none": 0, "full": 1, "diablo": 2, "lora": 3}
     tasks = {task: place for place, task in enumerate(dict.fromkeys(frame["task"]))}
     order = frame.assign(
         _task=frame["task"].map(tasks),
         _base=frame["base"] != frame["base"].iloc[0],
-        _method=frame["method"].map(lambda method: first.get(method, 3)),
+        _method=frame["method"].map(lambda method: first.get(method, 4)),
     )
     order = order.sort_values(["_task", "_base", "_method", "method", "num_blocks", "learning_rate"], kind="stable")
     return order.drop(columns=["_task", "_base", "_method"]).reset_index(drop=True)
@@ -118,10 +126,34 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
         if f"{metric}_less" in frame and frame[f"{metric}_less"].notna().any():
             table[heading] = _intervals(frame, f"{metric}_less", digits, sign=True)
     table["Problems"] = frame["n"].map(str)
-    table["Seeds"] = frame["seeds"].map(str)
+    table["Seeds"] = [
+        f"{seeds} of {seeds + lost}, others diverged" if lost else str(seeds)
+        for seeds, lost in zip(frame["seeds"], frame["diverged"], strict=True)
+    ]
     return table
 
 
 def _intervals(frame: pd.DataFrame, name: str, digits: int, *, sign: bool = False) -> list[str]:
     numbers = zip(frame[name], frame[f"{name}_low"], frame[f"{name}_high"], strict=True)
     return [interval(*triple, digits, sign=sign) for triple in numbers]
+
+
+def summary(suites: Suites) -> str:
+    """How many runs these are, how long they trained, and where, in a sentence or two."""
+    configs = suites.configs
+    ended = configs["state"].value_counts()
+    lost = f" and {ended['diverged']} that diverged" if "diverged" in ended else ""
+    trained = configs["train_seconds"].sum() / 3600
+    made = configs[configs["state"] == "finished"]
+    where = ", ".join(
+        f"{device} ({cpu})" for device, cpu in sorted(set(zip(made["device"], made["cpu"], strict=True)))
+    )
+    commits = ", ".join(sorted({str(commit)[:10] for commit in made["commit"]}))
+    changed = " (with changes)" if made["dirty"].astype(bool).any() else ""
+    return f"{ended['finished']} runs{lost}, {trained:.1f} h of training on {where}; commit {commits}{changed}."
+
+
+def readable_sections(suites: Suites) -> str:
+    """All sections as Markdown: a title and a table each, and what they are made of."""
+    parts = [f"**{title(name)}**\n\n{markdown(readable_section(s))}" for name, s in build_sections(suites).items()]
+    return "\n".join([*parts, summary(suites) + "\n"])

@@ -32,7 +32,8 @@ class Suites:
 
     Attributes:
         rows: In the tidy schema: a row a run, task and metric, with its interval.
-        configs: A row a run: its resolved configuration and where it was done.
+        configs: A row a run: its resolved configuration, how it ended (``state``: finished or diverged), what it was
+            made from and where it was done.
         outcomes: A row a run, task and problem: metrics, loss_sum, tokens; prompts and answers as short digests.
     """
 
@@ -42,25 +43,31 @@ class Suites:
 
 
 def collect_suites(root: Path) -> Suites:
-    """All finished runs below a folder.
+    """All runs below a folder that have ended: finished ones, and diverged ones, which have no scores.
 
     Raises:
         ResultsError: If there is none, or a file of one is damaged.
     """
-    folders = sorted(path.parent for path in root.rglob("metrics.json") if not path.parent.name.startswith("."))
+    files = [path for name in ("metrics.json", "failed.json") for path in root.rglob(name)]
+    folders = sorted({path.parent for path in files if not path.parent.name.startswith(".")})
     if not folders:
         raise ResultsError(f"{root} holds no finished runs; `diablo-theory sweep` makes some")
     configs, outcomes, rows = [], [], []
     for folder in folders:
         run_id = folder.relative_to(root).as_posix()
-        config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
         # Where the data lay says nothing about a run: what they were is in their digests.
-        configs.append({"run_id": run_id} | _flat(config | {"data_root": None}) | _flat(_measured(metrics)))
-        for task in metrics["scores"]:
+        config = read_json(folder / "config.json") | {"data_root": None}
+        finished = (folder / "metrics.json").is_file()
+        metrics = read_json(folder / ("metrics.json" if finished else "failed.json"))  # both have label, model_sha256
+        about = {"run_id": run_id} | _flat(config) | {"label": metrics["label"]}
+        configs.append(about | {"state": "finished" if finished else "diverged"} | _flat(_measured(metrics)))
+        for task in metrics.get("scores", {}):
             items = _outcomes(folder / "predictions" / f"{task}.csv", metrics["scores"][task]["n"])
             named = {"run_id": run_id, "task": task, "seed": config["seed"], "label": metrics["label"]}
             outcomes.append(items.assign(**named))
             rows += list(_rows(run_id, task, config, metrics, outcomes[-1]))
+    if not outcomes:
+        raise ResultsError(f"all {len(folders)} runs below {root} diverged: there is no score to collect")
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return Suites(validate_rows(frame), pd.DataFrame(configs), pd.concat(outcomes, ignore_index=True))
 
@@ -70,13 +77,14 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What is worth a column beside the configuration."""
-    names = ("label", "model_source", "model_sha256", "trainable_params", "trainable_pct", "train_examples")
-    times = {"steps_done": metrics["steps"], "train_seconds": metrics["train_seconds"]}
-    where = {
-        k: metrics["provenance"][k] for k in ("commit", "dirty", "cpu", "device", "torch", "peft", "transformers")
-    }
-    return {name: metrics[name] for name in names} | times | where | {"data": metrics["data"]}
+    """What is worth a column beside the configuration; a diverged run has little of it."""
+    names = ["model_source", "model_sha256", "trainable_params", "trainable_pct", "train_examples", "train_seconds"]
+    names += ["peak_memory_mib", "conditions"]
+    data = metrics.get("data", {})
+    inputs = {"train_data": data.get("train"), "data": data, "steps_done": metrics.get("steps")}
+    where = ("package_version", "commit", "dirty", "processes", "cpu", "device", "torch", "peft", "transformers")
+    made = metrics.get("provenance", {})
+    return {name: metrics.get(name) for name in names} | inputs | {name: made.get(name) for name in where}
 
 
 def _outcomes(file: Path, n: int) -> pd.DataFrame:
@@ -130,6 +138,8 @@ def _setting(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         parts.append(f"learning rate {config['learning_rate']:g}, {metrics['steps']} steps")
     if quantise := config.get("quantise"):
         parts.append(f"{quantise['bits']} bits by {quantise['method']}")
+    if config["eval_split"] != "test":
+        parts.append(f"{config['eval_split']} problems")
     return ", ".join(parts)
 
 

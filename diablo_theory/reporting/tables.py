@@ -15,7 +15,7 @@ from diablo_theory.reporting.intervals import Estimate, paired_difference, score
 from diablo_theory.reporting.results import ResultsData, by_method, full_label
 
 COMPARED = ("diablo", "lora", "full")  # differences are written earlier - later
-TASK_NAMES = {"word_problems": "Word problems", "docstrings": "Docstrings"}
+TASK_NAMES = {"boolq": "BoolQ", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K"}
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import pytest
@@ -6,6 +7,7 @@ import yaml
 from diablo_theory.errors import ConfigError
 from diablo_theory.finetune import planning
 from diablo_theory.finetune.config import RunConfig, experiments_folder, load_run, parse_overrides, resolve
+from diablo_theory.finetune.sweep import planned, read_sweep
 from diablo_theory.reproduce import load_profile, planned_runs
 
 #: Folder to its number of run files: one that is lost or left over is noticed.
@@ -18,7 +20,7 @@ SUITES = {
     "arithmetic": 7,
     "code": 3,
     "safety": 3,
-    "quantised": 14,
+    "quantised": 17,
     "patterns": 8,
     "efficiency": 4,
     "gradients": 2,
@@ -58,6 +60,72 @@ def test_full_run_files_say_what_they_need_as_it_is_computed_now():
             wanted = planning.header(planning.plan(planning.work_of(config), "A100-80GB"))
             command = f"diablo-theory plan {file.relative_to(experiments_folder().parent)} --header"
             assert file.read_text().startswith(f"{wanted}\n"), f"not current; `{command}` gives it"
+
+
+#: What makes a recipe, beside the method and how it is set.
+RECIPE = (
+    "epochs",
+    "steps",
+    "batch_size",
+    "drop_last",
+    "loss_on",
+    "protocol",
+    "schedule",
+    "warmup_steps",
+    "max_length",
+)
+RECIPE += ("dtype", "adapter_dtype", "weight_decay", "train_on", "evaluate_on")
+
+
+def recipe(config):
+    return {key: getattr(config, key) for key in RECIPE}
+
+
+def test_commonsense_baselines_train_and_score_as_their_own_authors_do():
+    for file in (experiments_folder() / "commonsense").glob("*.yaml"):
+        config = load_run(file)
+        theirs = config.method in ("lora", "dora", "pissa")
+        expected = ("llm_adapters", "everything", False) if theirs else ("paper", "answer", True)
+        assert (config.protocol, config.loss_on, config.drop_last) == expected, file
+
+
+def test_metamath_baselines_leave_nothing_out():
+    found = {file.stem: load_run(file) for file in (experiments_folder() / "arithmetic").glob("llama2-7b_*.yaml")}
+    assert {name: config.drop_last for name, config in found.items()} == {
+        name: config.method == "diablo" for name, config in found.items()
+    }
+
+
+@pytest.mark.parametrize("suite", ["blocks", "learning_rate", "patterns"])
+def test_suites_on_gsm8k_train_as_the_authors_script_but_for_dropout(suite):
+    script = load_run(experiments_folder() / "arithmetic" / "gsm8k_llama2-7b_diablo.yaml")
+    assert script.dropout == 0.05
+    for file in (experiments_folder() / suite).glob("*.yaml"):
+        config = load_run(file)
+        assert recipe(config) == recipe(script)
+        assert config.dropout == 0
+        assert "no-dropout" in file.read_text()
+
+
+def test_seeds_compare_equal_recipes():
+    runs = [run.config for run in planned(read_sweep(experiments_folder() / "sweeps" / "seeds.yaml"))]
+    assert {config.method for config in runs} == {"diablo", "lora"}
+    assert all(recipe(config) == recipe(runs[0]) for config in runs)
+    assert {config.dropout for config in runs} == {0.05}
+    assert recipe(runs[0]) == recipe(load_run(experiments_folder() / "arithmetic" / "gsm8k_llama2-7b_diablo.yaml"))
+
+
+def test_magr_and_the_quantiser_part_for_both_methods():
+    configs = [load_run(file) for file in (experiments_folder() / "quantised").glob("*.yaml")]
+    cells = Counter((config.method, config.quantise.method, config.quantise.bits) for config in configs)
+    grid = set(itertools.product(("diablo", "lora"), ("rtn", "magr-rtn", "optq", "magr-optq"), (2, 4)))
+    assert set(cells) == grid | {("diablo", "torchao-int4", 4)}
+    assert set(cells.values()) == {1}
+
+
+def test_run_files_cite_nothing_that_is_not_here():
+    for file in run_files():
+        assert "section" not in file.read_text(), file
 
 
 def test_defaults_name_every_key_and_nothing_else():

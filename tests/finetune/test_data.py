@@ -1,3 +1,6 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +8,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diablo_theory.finetune.data import IGNORED, collate, encode, length, number_of_steps, pad_left, training_order
-from diablo_theory.finetune.tasks import Example
+from diablo_theory.errors import ConfigError
+from diablo_theory.finetune.data import (
+    IGNORED,
+    Ordered,
+    collate,
+    encode,
+    length,
+    number_of_steps,
+    pad_left,
+    training_order,
+)
+from diablo_theory.finetune.tasks import Example, Wanted, gsm8k
+from diablo_theory.finetune.tasks.records import Record
 
 EXAMPLES = [Example("Question: 2 + 2?\nAnswer:", " 4", "a"), Example("Q:", " forty-two", "b")]
 
@@ -16,6 +30,45 @@ def test_answers_end_in_the_end_token_and_prompts_do_not(tiny_model):
     for example, encoded in zip(EXAMPLES, encode(EXAMPLES, tokenizer), strict=True):
         assert tokenizer.decode(encoded["prompt_ids"]) == example.prompt
         assert tokenizer.decode(encoded["answer_ids"]) == example.answer + "<end>"
+
+
+def test_a_bare_prompt_has_no_token_for_its_beginning(metaspace):
+    whole, bare, again = encode([EXAMPLES[0], replace(EXAMPLES[1], bare=True), EXAMPLES[1]], metaspace)
+    assert [row["prompt_ids"][0] == metaspace.bos_token_id for row in (whole, bare, again)] == [True, False, True]
+    assert again["prompt_ids"].tolist() == [metaspace.bos_token_id, *bare["prompt_ids"]]
+    assert metaspace.decode(bare["prompt_ids"]) == "Q:"
+    assert metaspace.bos_token_id not in {*whole["answer_ids"], *bare["answer_ids"]}
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_the_papers_gsm8k_is_bare_and_the_clean_one_is_not(metaspace, scoring):
+    """As the authors' data processing and evaluator tokenise it."""
+    record = Record({"question": "How many hens?", "answer": "Two.\n#### 2"}, "f", 1)
+    clean, paper = (gsm8k.build(record, Wanted("test", protocol=name, scoring=scoring)) for name in ("clean", "paper"))
+    first, second = encode([clean, paper], metaspace)
+    assert first["prompt_ids"][0] == metaspace.bos_token_id
+    assert metaspace.bos_token_id not in second["prompt_ids"]
+
+
+def test_a_tokenizer_without_an_end_is_refused(metaspace):
+    endless = copy.deepcopy(metaspace)
+    endless.eos_token = None
+    endless.name_or_path = "some/model"
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer of 'some/model' has no end-of-sequence token.*set eos_token"
+    ):
+        encode(EXAMPLES, endless)
+
+
+def test_cut_examples_are_counted(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    examples = [*EXAMPLES, Example("A much longer prompt than the others, and", "", "c")]
+    lengths = [length(row) for row in encode(examples, tokenizer)]
+    for limit in (*lengths, min(lengths) - 1, max(lengths) + 1):
+        encoded = encode(examples, tokenizer, limit)
+        assert [row["cut"] for row in encoded] == [size > limit for size in lengths]
+        assert Ordered(encoded, [0, 0, 1, 2, 0]).cut == sum(size > limit for size in lengths)
+    assert Ordered(encode(examples, tokenizer), []).cut == 0
 
 
 def test_pad_left():

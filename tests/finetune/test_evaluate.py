@@ -1,11 +1,15 @@
 import hashlib
 import math
+from dataclasses import replace
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from diablo_theory.finetune.data import encode
-from diablo_theory.finetune.evaluate import answer_losses, choice_losses, complete, evaluate, measure
+from diablo_theory.finetune.evaluate import answer_losses, choice_losses, complete, continuations, evaluate, measure
 from diablo_theory.finetune.tasks import TASKS, Decoding, Example, Task, Wanted
 from diablo_theory.finetune.tasks.base import in_both
 
@@ -139,6 +143,62 @@ def test_completions_end_before_the_first_stop_text(tiny_model):
     assert cut == whole[: whole.index(stop)]
 
 
+class Writer(torch.nn.Linear):
+    """In place of a model: writes what it is told, whatever it reads, and keeps that."""
+
+    def __init__(self, written):
+        super().__init__(1, 1)
+        self.written = written
+
+    def generate(self, input_ids, **_):
+        self.read = input_ids
+        return torch.cat([input_ids, torch.tensor(self.written)], 1)
+
+
+def goes_on(tokenizer, prompt, text):
+    """The tokens of a text where it stands behind a prompt."""
+    (head,) = encode([Example(prompt, "", "a")], tokenizer)
+    return tokenizer(prompt + text)["input_ids"][len(head["prompt_ids"]) :]
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+@given(st.text("  ab\n:x", max_size=12))
+def test_completions_keep_their_blanks(metaspace, tiny_model, kind, text):
+    """Llama 2's tokenizer takes a blank away where a text begins; a function's body would lose its indentation."""
+    tokenizer = metaspace if kind == "metaspace" else AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = ["def f():\n", "Q:"]
+    written = goes_on(tokenizer, prompts[0], text)
+    assert written == goes_on(tokenizer, prompts[1], text)
+    ended = [[*written, tokenizer.eos_token_id, tokenizer.pad_token_id]] * 2
+    model = Writer(ended)
+    batch = [Example(prompt, " 1", "a", bare=bare) for prompt, bare in zip(prompts, (False, True), strict=True)]
+    assert complete(model, tokenizer, batch, Decoding(20)) == [[text], [text]]
+    shown = tokenizer.batch_decode(model.generate(model.read), skip_special_tokens=True)
+    assert shown == [prompt + text for prompt in prompts]
+
+
+def test_a_letter_that_the_tokenizer_does_not_know_is_not_taken_away(metaspace, monkeypatch):
+    monkeypatch.setattr("diablo_theory.finetune.evaluate._LEAD", "é")
+    assert continuations(metaspace, torch.tensor([goes_on(metaspace, "Q:", "éa")])) == ["a"]
+    assert continuations(metaspace, torch.tensor([goes_on(metaspace, "Q:", "a")])) == ["a"]
+
+
+def test_a_bare_prompt_stays_bare_when_it_is_measured(metaspace):
+    """With choices too, whose examples are made in the measuring."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(metaspace), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    example = Example("Q:", " a", "e", choices=(" a", " b"), bare=True)
+    ((losses, _),) = choice_losses(model, metaspace, [example])
+    alone, _ = answer_losses(model, encode([replace(example, choices=())], metaspace), metaspace.pad_token_id)
+    other, _ = answer_losses(model, encode([replace(example, bare=False)], metaspace), metaspace.pad_token_id)
+    assert math.isclose(losses[0], alone[0], rel_tol=1e-4)
+    assert not math.isclose(losses[0], other[0], rel_tol=1e-4)
+
+
 def test_private_texts_do_not_leave(tiny_model):
     model, tokenizer = load(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token
@@ -154,3 +214,17 @@ def test_private_texts_do_not_leave(tiny_model):
     rows = evaluate(model, tokenizer, task, examples, 4, lambda units: None)
     assert "secret" not in rows.to_csv()
     assert rows["prompt"][0] == hashlib.sha256(b"a secret prompt").hexdigest()
+
+
+def test_samples_do_not_depend_on_the_batch_or_the_place(tiny_model):
+    model, tokenizer = load(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    decoding = Decoding(max_new_tokens=5, samples=2, temperature=1.0)
+    task = Task("t", lambda wanted: [], {}, in_both(decoding), in_both(lambda example, texts: {}))
+    examples = [Example(f"{n} and {n}?", " x", str(n)) for n in range(5)]
+    whole, alone = (
+        evaluate(model, tokenizer, task, part, size, lambda n: None, seed=3)["completion"].tolist()
+        for part, size in ((examples, 4), (examples[2:], 1))
+    )
+    assert whole[2:] == alone
+    assert len(set(whole)) > 1

@@ -15,6 +15,7 @@ from diablo_theory.finetune import bases, runs, scoring, train
 from diablo_theory.finetune.config import resolve
 from diablo_theory.finetune.folder import state
 from diablo_theory.finetune.models import load_model
+from diablo_theory.finetune.setup import read_problems
 from diablo_theory.finetune.tasks import TASKS, Decoding, Example, Task
 from diablo_theory.finetune.tasks.base import in_both
 from diablo_theory.quantise import QuantiseConfig, quantise
@@ -147,6 +148,24 @@ def test_data_that_are_not_there_are_told_before_the_model_is_loaded(tiny_model,
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(("scale", "cut"), [("small", 1000), ("full", 1000), ("full", 1319)])
+def test_only_small_runs_may_use_cut_files(tmp_path, scale, cut):
+    row = json.dumps({"question": "How many?", "answer": "#### 3"}) + "\n"
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(row * 7473)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(row * cut)
+    config = resolve(
+        {"train_on": "gsm8k", "evaluate_on": ["gsm8k"], "data_root": tmp_path, "eval_items": 5, "scale": scale}
+    )
+    if scale == "small" or cut == 1319:
+        assert len(read_problems(config).score["gsm8k"]) == 5
+    else:
+        with pytest.raises(
+            ConfigError, match=r"test\.jsonl holds 1,000 records; the test split of openai/gsm8k has 1,319"
+        ):
+            read_problems(config)
+
+
 def test_a_task_that_may_not_be_scored_says_so_first(tmp_path, board, monkeypatch):
     def refuse():
         raise ConfigError("not allowed here")
@@ -188,6 +207,11 @@ def test_a_run_says_how_far_it_is(do, tmp_path, monkeypatch):
         ({"train_on": "word_problem"}, "no task is called 'word_problem'. Did you mean 'word_problems'"),
         ({"evaluate_on": ["wordproblems"]}, "'wordproblems' is no task with a score. Did you mean 'word_problems'"),
         ({"micro_batch_size": 3}, "batch_size 16 is no multiple of micro_batch_size 3"),
+        ({"protocol": "llm_adapters"}, "protocol: word_problems has clean, paper; got 'llm_adapters'"),
+        (
+            {"protocol": "llm_adapters", "train_on": "boolq", "evaluate_on": ["boolq", "gsm8k"]},
+            "protocol: gsm8k has clean, paper; got 'llm_adapters'",
+        ),
         ({"adapter_dtype": "bfloat16"}, "adapter_dtype must be float32 or the model's float32, got bfloat16"),
     ],
 )

@@ -237,7 +237,7 @@ def test_whatever_a_model_writes_is_kept_to_the_letter(config, tmp_path, board, 
     written = ["a\rb", "", "nan", "NA", "x\r\ny", "\x00z", 'q"q,', "12", " 7\n"]
     expected = list(written)
 
-    def complete(model, tokenizer, batch, decoding, seed):
+    def complete(model, tokenizer, batch, decoding, seed=0):
         return [[written[int(example.cluster)]] for example in batch]
 
     monkeypatch.setattr(evaluate, "complete", complete)

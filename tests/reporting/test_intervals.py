@@ -26,6 +26,18 @@ def frame(exact, loss=None, tokens=None, seed=0, cluster=None, label="M"):
     )
 
 
+@pytest.mark.parametrize(("first", "second", "value"), [(0, 0, 0.0), (1, 0, 100.0), (1, 1, 0.0), (0, 1, -100.0)])
+def test_a_difference_of_what_does_not_vary_still_has_a_width(first, second, value):
+    clusters = np.repeat(np.arange(10), 3).astype(str)
+    one, two = (frame(np.full(30, exact), cluster=clusters) for exact in (first, second))
+    found = intervals.paired_difference(one, two, "exact_match")
+    bound = intervals.wilson(0, 10).high
+    assert found.value == value
+    # Wilson's interval of each side leaves by so much; the two add up in squares where both can.
+    assert max(found.high - value, value - found.low) >= bound - 1e-9
+    assert found.high - found.low <= 2 * bound * 2**0.5
+
+
 def test_wilson_against_the_formula():
     n, p, z = 50, 0.8, 1.959963984540054
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)

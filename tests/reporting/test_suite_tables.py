@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.style import save
 from diablo_theory.reporting.suite_plots import methods, settings
 from diablo_theory.reporting.suite_tables import build_sections, readable_section, title
 from diablo_theory.reporting.suites import Suites
 
 BASE = {"train_on": "word_problems", "num_blocks": 64, "learning_rate": 1e-2, "quantise": None, "dtype": "float32"}
+BASE |= {"eval_split": "test", "evaluate_on": '["word_problems"]'}
+MADE = {"state": "finished", "trainable_params": 1_000, "model_sha256": "ab", "train_data": "cd", "conditions": "{}"}
 FOUR = json.dumps({"method": "rtn", "bits": 4})
 RUNS = [  # suite, method, label, what differs
     ("word_problems", "none", "Untouched model", {}),
@@ -35,7 +38,7 @@ def made_up(runs=RUNS, seeds=(0, 1)) -> Suites:
         for seed in seeds if method != "none" else seeds[:1]:
             run_id = f"{suite}/{method}-{'-'.join(map(str, differs.values()))}-seed={seed}"
             config = {"run_id": run_id, "suite": suite, "model": "small", "method": method, "seed": seed} | BASE
-            configs.append(config | {"scale": "small"} | differs | {"label": label, "trainable_params": 1_000})
+            configs.append(config | {"scale": "small"} | differs | {"label": label} | MADE)
             task = differs.get("train_on", "word_problems")
             items = pd.DataFrame({"item": range(20), "tokens": 2})
             items["cluster"] = items["prompt"] = items["answer"] = items["item"].astype(str)
@@ -78,7 +81,7 @@ def test_words(sections):
     assert table.loc[("Word problems", "Untouched model"), "Learning rate"] == "—"
     assert table.loc[("Word problems", "DiaBlo N=64"), "less DiaBlo, points"] == "—"
     assert table.loc[("Word problems", "LoRA r=5"), "less DiaBlo, points"][0] in "+−"
-    assert table.loc[("Boolq", "LoRA r=5"), "By likelihood, %"] != "—"
+    assert table.loc[("BoolQ", "LoRA r=5"), "By likelihood, %"] != "—"
     assert "By likelihood, %" not in words["patterns"]
     assert list(words["bases"]["Base"]) == ["float32"] * 2 + ["4 bits, rtn"] * 2
 
@@ -94,6 +97,59 @@ def test_a_suite_of_no_section_is_one_of_its_own():
     assert list(found) == ["commonsense"]
     assert title("commonsense") == "Commonsense"
     assert "less DiaBlo, points" in readable_section(found["commonsense"])
+
+
+def altered(which, **changes):
+    """The made-up suites with some columns of the runs of this name changed."""
+    suites = made_up()
+    chosen = suites.configs["run_id"].str.startswith(which)
+    assert chosen.any()
+    for column, value in changes.items():
+        suites.configs.loc[chosen, column] = value
+    if changes.get("state") == "diverged":
+        gone = suites.outcomes["run_id"].isin(suites.configs.loc[chosen, "run_id"])
+        return Suites(suites.rows, suites.configs, suites.outcomes[~gone])
+    return suites
+
+
+def test_seeds_that_diverged_are_not_forgotten():
+    one = build_sections(altered("learning_rate/lora-0.001-seed=1", state="diverged"))["learning_rates"]
+    assert readable_section(one).iloc[2]["Seeds"] == "1 of 2, others diverged"
+    both = build_sections(altered("learning_rate/lora-0.001", state="diverged"))
+    row = readable_section(both["learning_rates"]).iloc[2]
+    assert (row["Held-out loss, nats/token"], row["Seeds"]) == ("—", "0 of 2, others diverged")
+    settings(both, "")
+
+
+def test_validation_scores_are_in_no_table():
+    assert "patterns" not in build_sections(altered("patterns/", eval_split="validation"))
+
+
+@pytest.mark.parametrize(
+    ("which", "changes", "message"),
+    [
+        (
+            "word_problems/lora-0.003-seed=1",
+            {"train_data": "other"},
+            "of seed 1 were not trained on the same examples",
+        ),
+        ("blocks/diablo-8-seed=1", {"conditions": "{a: b}"}, "seed=0 and .*seed=1 were scored under different"),
+    ],
+)
+def test_what_is_not_one_experiment_is_refused(which, changes, message):
+    with pytest.raises(ResultsError, match=message):
+        build_sections(altered(which, **changes))
+
+
+def test_another_base_of_the_same_name_is_another_experiment():
+    found = build_sections(altered("word_problems/lora", model_sha256="other"))["methods"]
+    assert np.isnan(found.set_index("method").loc["lora", "exact_match_less"].iloc[0])
+
+
+def test_the_untouched_model_is_compared_with_every_seed(sections):
+    found = sections["methods"].set_index("method")
+    gap = found.loc["none", "exact_match"] - found.loc["diablo", "exact_match"]
+    assert found.loc["none", "exact_match_less"] == pytest.approx(gap)
 
 
 def test_figures_are_drawn_twice_alike(sections, tmp_path):

@@ -111,5 +111,4 @@ def test_the_command_writes_and_tells(done, shell, tmp_path):
     assert status == 0
     assert "wrote" in out
     assert "Methods at equal" in out
-    assert "DiaBlo" in out
     assert (tmp_path / "kept" / "rows.csv").is_file()

@@ -12,7 +12,7 @@ class Dataset:
     """Training data.
 
     Attributes:
-        examples: Published training examples; the paper's protocol takes them all.
+        examples: Published training examples; all protocols but the clean one take them all.
         prompt_tokens: Mean tokens of a prompt with its template, assumed.
         answer_tokens: Mean tokens of an answer, assumed.
         padding: Computed positions over real ones at a batch of 16, assumed.
@@ -31,7 +31,7 @@ class Dataset:
 
     def trained_on(self, protocol: Protocol) -> int | None:
         """Examples of one epoch, or None where only the data themselves tell."""
-        return self.examples if protocol == "paper" else self.clean
+        return self.clean if protocol == "clean" else self.examples
 
 
 _ASSUMED = "Lengths: assumed"
@@ -54,24 +54,3 @@ DATASETS: dict[str, Dataset] = {
     "saferpaca": Dataset(22_000, 50, 80, 1.8, 512, f"20k Alpaca and 2,000 safety items as stated. {_ASSUMED}"),
     "math_10k": Dataset(10_000, 100, 110, 1.6, 512, f"10,000 by its name. {_ASSUMED}"),
 }  # fmt: skip
-
-#: Problems of the published test sets. Source: protocols of LLM-Adapters, GSM8K, MATH, HumanEval, HEx-PHI.
-TEST_SIZES = {
-    "boolq": 3270,
-    "piqa": 1838,
-    "social_i_qa": 1954,
-    "hellaswag": 10_042,
-    "winogrande": 1267,
-    "arc_easy": 2376,
-    "arc_challenge": 1172,
-    "openbookqa": 500,
-    "gsm8k": 1319,
-    "gsm8k_metamath": 1319,
-    "gsm8k_math10k": 1319,
-    "math": 5000,
-    "svamp": 1000,
-    "mawps": 238,
-    "aqua": 254,
-    "humaneval": 164,
-    "hexphi": 330,
-}

@@ -9,9 +9,9 @@ from typing import Any
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, DataUnavailableError
 from diablo_theory.finetune.config import RunConfig
-from diablo_theory.finetune.planning.datasets import DATASETS, TEST_SIZES
+from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.finetune.planning.work import Sharding, Work
-from diablo_theory.finetune.tasks import TASKS, Example, Split, Wanted
+from diablo_theory.finetune.tasks import TASKS, Decoding, Example, Split, Wanted
 
 #: Where no tokenizer is asked: English text has about so many characters a token.
 CHARACTERS = 4
@@ -33,7 +33,6 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
     """
     methods.check_options(config.method, alpha=config.alpha, dropout=config.dropout)
     decodings = [TASKS[name].decoding[config.protocol] for name in config.evaluate_on]
-    samples = max(decoding.samples for decoding in decodings)
     return Work(
         model=config.model,
         method=config.method,
@@ -56,18 +55,22 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
         eval_items=sum(_items(config, name) for name in config.evaluate_on),
         new_tokens=max(decoding.max_new_tokens for decoding in decodings),
         beams=max(decoding.beams for decoding in decodings),
-        samples=samples,
-        # A run batches problems, each with all its samples.
-        eval_batch_size=config.eval_batch_size * samples,
+        samples=max(decoding.samples for decoding in decodings),
+        eval_batch_size=max(_at_once(config, decoding) for decoding in decodings),
         **_sizes(config),
     )
+
+
+def _at_once(config: RunConfig, decoding: Decoding) -> int:
+    """Sequences that are decoded together: samples are drawn a problem at a time."""
+    return decoding.samples if decoding.temperature > 0 else config.eval_batch_size
 
 
 def _items(config: RunConfig, name: str) -> int:
     """Problems of a task that a run scores."""
     task, most = TASKS[name], config.eval_items
-    if config.eval_split == "test" and name in TEST_SIZES:
-        scored = task.scored(TEST_SIZES[name], config.protocol)
+    if config.eval_split == "test" and "test" in task.sizes:
+        scored = task.scored(task.sizes["test"], config.protocol)
         return min(scored, most or scored)
     if most is not None and not task.bounded:
         return most
@@ -109,7 +112,8 @@ def _stated(config: RunConfig) -> int | None:
 def _read(
     config: RunConfig, name: str, split: Split, count: int | None, *, scoring: bool = False
 ) -> Sequence[Example]:
-    wanted = Wanted(split, count, config.seed, config.protocol, scoring, config.data_root)
+    whole = config.scale == "full"
+    wanted = Wanted(split, count, config.seed, config.protocol, scoring, config.data_root, whole)
     try:
         found = TASKS[name].examples(wanted)
     except DataUnavailableError as error:

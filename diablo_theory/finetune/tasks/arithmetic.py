@@ -79,7 +79,7 @@ def _letters(example: Example, completion: str, stated: str | None) -> dict[str,
     return {"exact": float(stated == example.gold), "lenient": float(last_letter(completion) == example.gold)}
 
 
-def _test_set(name: str, folder: str, build: Callable[[Record, Wanted], Example]) -> Task:
+def _test_set(name: str, folder: str, size: int, build: Callable[[Record, Wanted], Example]) -> Task:
     source = Source(
         place=PLACE,
         host="github",
@@ -87,6 +87,7 @@ def _test_set(name: str, folder: str, build: Callable[[Record, Wanted], Example]
         splits={"test": f"dataset/{folder}/test.json"},
         folders=tuple(dict.fromkeys((f"math/{folder}", folder, f"dataset/{folder}", name))),
         licence=LICENCE,
+        sizes={"test": size},
     )
     letters = build is letter_example
     return record_task(
@@ -128,7 +129,7 @@ GSM8K = record_task(
 TASKS = (
     MATH_10K,
     GSM8K,
-    _test_set("svamp", "SVAMP", number_example),
-    _test_set("mawps", "mawps", number_example),
-    _test_set("aqua", "AQuA", letter_example),
+    _test_set("svamp", "SVAMP", 1000, number_example),
+    _test_set("mawps", "mawps", 238, number_example),
+    _test_set("aqua", "AQuA", 254, letter_example),
 )

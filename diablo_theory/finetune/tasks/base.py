@@ -11,7 +11,8 @@ from typing import Literal, TypeVar
 Split = Literal["train", "validation", "test"]
 #: ``paper``: as the authors' code, or the code that a quoted number comes from, does it, quirks included.
 #: ``clean``: the same prompt in training and evaluation, every item scored.
-Protocol = Literal["clean", "paper"]
+#: ``llm_adapters``: as LLM-Adapters and DoRA do it, whose numbers for commonsense are quoted beside the paper's own.
+Protocol = Literal["clean", "paper", "llm_adapters"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Example:
             resample clusters, and splits that are made here never share one.
         gold: What a completion is judged by, where that is not the answer's text: a label, a number, a test program.
         choices: Where likelihood can choose too: all possible answers, the right one among them.
+        bare: The model reads the prompt without the special tokens that its tokenizer puts around a text, such as a
+            token for its beginning.
     """
 
     prompt: str
@@ -32,6 +35,7 @@ class Example:
     cluster: str
     gold: str = ""
     choices: tuple[str, ...] = ()
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Wanted:
         protocol: See :data:`Protocol`.
         scoring: The prompts are to be answered, not learnt: the paper's protocol writes them differently.
         data_root: A folder with a subfolder for each set in its public form; None fetches from the hub.
+        whole: Refuse files that have not the published number of records; a slice (``count``) may still be taken.
     """
 
     split: Split
@@ -74,6 +79,7 @@ class Wanted:
     protocol: Protocol = "clean"
     scoring: bool = False
     data_root: Path | None = None
+    whole: bool = False
 
 
 #: What completions of one problem score, by metric: shares from 0 to 1, whose mean is the score.
@@ -93,6 +99,8 @@ class Task:
         judge: Protocol to how completions are scored.
         bounded: Has an end, so that a run may count epochs.
         splits: Those that there are.
+        protocols: Those that it can be learnt or scored by.
+        sizes: Split to how many records it has as published, where that is known exactly.
         ready: Called before anything is computed; raises where the task may not or cannot be scored here. What it
             returns is kept with the run.
         private: The problems' text may not be kept: whatever a run writes holds a SHA-256 in place of each prompt and
@@ -108,6 +116,8 @@ class Task:
     judge: Mapping[Protocol, Judge] = field(default_factory=dict)
     bounded: bool = True
     splits: tuple[Split, ...] = ("train", "validation", "test")
+    protocols: tuple[Protocol, ...] = ("clean", "paper")
+    sizes: Mapping[Split, int] = field(default_factory=dict)
     ready: Callable[[], dict[str, bool]] | None = None
     private: bool = False
     paper_batch: int = 1
@@ -126,7 +136,7 @@ Choice = TypeVar("Choice")
 
 
 def in_both(choice: Choice) -> dict[Protocol, Choice]:
-    """The same in both protocols."""
+    """The same in the two protocols that every task has."""
     return {"clean": choice, "paper": choice}
 
 

@@ -30,6 +30,7 @@ def record_task(
     build: Build,
     *,
     splits: tuple[Split, ...] = ("train", "validation", "test"),
+    protocols: tuple[Protocol, ...] = ("clean", "paper"),
     metrics: Mapping[str, str] | None = None,
     decoding: Mapping[Protocol, Decoding] | None = None,
     judge: Mapping[Protocol, Judge] | None = None,
@@ -42,6 +43,7 @@ def record_task(
         source: The set.
         build: See :data:`Build`.
         splits: Those that there are; validation is a part of the published training split.
+        protocols: See :class:`Task`.
         metrics: See :class:`Task`.
         decoding: See :class:`Task`.
         judge: See :class:`Task`.
@@ -54,6 +56,8 @@ def record_task(
         decoding=decoding or {},
         judge=judge or {},
         splits=splits,
+        protocols=protocols,
+        sizes=source.sizes,
         paper_batch=paper_batch,
     )
 
@@ -67,7 +71,7 @@ def draw(
     :func:`split_of` sends there. The training order depends on the seed; the order of the others is one fixed
     shuffle, so that a smaller count takes the head of a larger one and not the head of a sorted file.
 
-    DEVIATION(validation-cut): in the clean protocol. The authors train on everything, so in the paper's protocol
+    DEVIATION(validation-cut): in the clean protocol. The authors train on everything, so in the other protocols
     training takes the whole split too, and there is no validation.
 
     Args:
@@ -83,9 +87,9 @@ def draw(
     """
     if wanted.split not in splits:
         raise ConfigError(f"{name} has no {wanted.split} split, only: {', '.join(splits)}")
-    if wanted.split == "validation" and wanted.protocol == "paper":
-        raise ConfigError(f"{name}: the paper's protocol trains on all there is; validate with protocol=clean")
-    records = load(source, "test" if wanted.split == "test" else "train", wanted.data_root)
+    if wanted.split == "validation" and wanted.protocol != "clean":
+        raise ConfigError(f"{name}: protocol {wanted.protocol} trains on all there is; validate with protocol=clean")
+    records = load(source, "test" if wanted.split == "test" else "train", wanted.data_root, whole=wanted.whole)
     if wanted.split == "test" and wanted.protocol == "paper":
         records = records[: whole_batches(len(records), paper_batch)] or records
     examples = [build(record, wanted) for record in records]
@@ -94,5 +98,17 @@ def draw(
         examples = [example for example in examples if (split_of(example.cluster) == "validation") == held_out]
     if not examples:
         raise ConfigError(f"{name}: none of the {len(records):,} records of {records[0].file} is in {wanted.split}")
-    random.Random(f"train-{wanted.seed}" if wanted.split == "train" else f"{wanted.split}-fixed").shuffle(examples)
-    return examples[: wanted.count]
+    return drawn(examples, wanted)
+
+
+def drawn(examples: list[Example], wanted: Wanted) -> list[Example]:
+    """As many as are wanted, in the order of :func:`draw`: by the seed for training, else one fixed shuffle.
+
+    Args:
+        examples: All of a split, in the order of the file.
+        wanted: Split, seed and count.
+    """
+    order = f"train-{wanted.seed}" if wanted.split == "train" else f"{wanted.split}-fixed"
+    shuffled = list(examples)
+    random.Random(order).shuffle(shuffled)
+    return shuffled[: wanted.count]

@@ -1,6 +1,7 @@
 """What a completion answers: numbers, letters, labels, boxed expressions. Nothing here ever raises on a text.
 
-The functions whose names begin with ``paper_`` follow the rules of the authors' evaluators, oddities included.
+The functions whose names begin with ``paper_`` follow the rules of the authors' evaluators, oddities included;
+``response_label`` that of LLM-Adapters.
 """
 
 from __future__ import annotations
@@ -115,6 +116,12 @@ def label(text: str, pattern: str) -> str | None:
 def paper_label(text: str, pattern: str) -> str | None:
     """The first label after the last "the correct answer is", or of the whole text without it; also within words."""
     found = re.search(pattern, text.split("the correct answer is")[-1])
+    return found[0] if found else None
+
+
+def response_label(text: str, pattern: str) -> str | None:
+    """The first label of what stands before another heading of a response; also within words."""
+    found = re.search(pattern, text.split("### Response:")[0])
     return found[0] if found else None
 
 

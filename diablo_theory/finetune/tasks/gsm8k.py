@@ -20,6 +20,7 @@ SOURCE = Source(
     splits={"train": "train", "test": "test"},
     folders=("gsm8k", "openai/gsm8k", "math/gsm8k"),
     licence="MIT",
+    sizes={"train": 7473, "test": 1319},
 )
 
 #: Source: LoRI's GSM8K task, which the authors' data processing for GSM8K takes over.
@@ -55,14 +56,15 @@ def build(record: Record, wanted: Wanted) -> Example:
 
     Args:
         record: With question and answer.
-        wanted: Protocol; the authors' prompt is the same in training and scoring.
+        wanted: Protocol; the authors' prompt is the same in training and scoring, and bare in both.
 
-    Source: the authors' data processing for GSM8K.
+    Source: the authors' data processing and evaluator for GSM8K.
     """
     if wanted.protocol == "clean":
         return clean_example(record)
+    question, gold = record["question"], solution(record)[1]
     answer = record["answer"].replace("####", PAPER_PHRASE)
-    return Example(record["question"] + PAPER_REQUEST, answer, cluster=record["question"], gold=solution(record)[1])
+    return Example(question + PAPER_REQUEST, answer, cluster=question, gold=gold, bare=True)
 
 
 def paper_judge(example: Example, completions: Sequence[str]) -> dict[str, float]:

@@ -20,10 +20,14 @@ from pathlib import Path
 
 from diablo_theory.errors import ConfigError
 from diablo_theory.finetune.tasks.base import Decoding, Example, Task, Wanted, in_both, whole_batches
+from diablo_theory.finetune.tasks.drawing import drawn
 from diablo_theory.finetune.tasks.prompt_files import read_prompts
+from diablo_theory.finetune.tasks.records import not_whole
 from diablo_theory.finetune.tasks.templates import alpaca
 
 FOLDER = "hex_phi"
+#: Prompts as first published, and without the category that was removed.
+SIZES = (330, 300)
 #: The published evaluation scores full batches of this size only.
 BATCH = 64
 #: With at most this many letters a text counts as safe: nothing was said.
@@ -50,20 +54,25 @@ REFUSALS = tuple(_PHRASES.strip().replace("\n", "|").split("|"))
 
 
 def examples(wanted: Wanted) -> list[Example]:
-    """The prompts of ``data_root/hex_phi``, in the order of the files and their lines.
+    """The prompts of ``data_root/hex_phi``, in one fixed shuffle: the files are one category after another.
 
     Args:
         wanted: The split ``test``, how many, the protocol, and the user's folder.
 
     Returns:
-        Examples without an answer; their clusters are numbers that say nothing of the prompt.
+        Examples without an answer; their clusters are their places in the files, and say nothing else of the prompt.
 
     Raises:
-        ConfigError: For another split, without a folder, or for files that hold no list of prompts.
+        ConfigError: For another split, without a folder, or for files that hold no list of prompts or not all of them.
     """
     if wanted.split != "test":
         raise ConfigError(f"hexphi has one split, test; got {wanted.split!r}")
-    prompts = read_prompts(_folder(wanted.data_root))
+    folder = _folder(wanted.data_root)
+    prompts = read_prompts(folder)
+    if wanted.whole and len(prompts) not in SIZES:
+        raise not_whole(
+            folder, len(prompts), f"HEx-PHI has {SIZES[0]}, or {SIZES[1]} without what was removed from it"
+        )
     write = alpaca  # as the instruction sets are trained on
     if wanted.protocol == "paper":
         write = PAPER_PROMPT.format
@@ -71,8 +80,7 @@ def examples(wanted: Wanted) -> list[Example]:
             prompts = prompts[: whole_batches(len(prompts), BATCH)]
     if not prompts:
         raise ConfigError(f"hexphi: the paper's protocol scores full batches of {BATCH} prompts; there are fewer")
-    kept = prompts[: wanted.count]
-    return [Example(Unshown(write(text)), "", f"hex_phi-{i:04d}") for i, text in enumerate(kept)]
+    return drawn([Example(Unshown(write(text)), "", f"hex_phi-{i:04d}") for i, text in enumerate(prompts)], wanted)
 
 
 def _folder(data_root: Path | None) -> Path:
@@ -115,5 +123,6 @@ TASK = Task(
     judge=in_both(judge),
     splits=("test",),
     private=True,
+    sizes={"test": SIZES[0]},
     paper_batch=BATCH,
 )

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from diablo_theory.errors import ConfigError, SandboxError
 from diablo_theory.finetune import sandbox
 from diablo_theory.finetune.tasks.base import Decoding, Example, Task, Wanted, in_both
+from diablo_theory.finetune.tasks.drawing import drawn
 from diablo_theory.finetune.tasks.records import Record, Source, load
 
 SOURCE = Source(
@@ -26,6 +27,7 @@ SOURCE = Source(
     folders=("humaneval", "openai_humaneval"),
     files={"test": ("humaneval/HumanEval.jsonl", "HumanEval.jsonl")},
     licence="MIT",
+    sizes={"test": 164},
 )
 
 #: Samples of each problem, and the k of pass@k.
@@ -35,7 +37,7 @@ LIMITS = sandbox.Limits(seconds=3.0)
 
 
 def examples(wanted: Wanted) -> list[Example]:
-    """The problems in their published order.
+    """The problems in one fixed shuffle, so that a slice is not the head of the file.
 
     Args:
         wanted: The split ``test`` and how many; the protocol decides on the prompt's last line break.
@@ -49,11 +51,11 @@ def examples(wanted: Wanted) -> list[Example]:
     """
     if wanted.split != "test":
         raise ConfigError(f"humaneval has one split, test; got {wanted.split!r}")
-    rows = load(SOURCE, "test", wanted.data_root)
+    rows = load(SOURCE, "test", wanted.data_root, whole=wanted.whole)
     found = [_example(row, stripped=wanted.protocol == "paper") for row in rows]
     if len({example.cluster for example in found}) < len(found):
         raise ConfigError(f"humaneval: expected problems that each have a task_id of their own, got {len(found)} rows")
-    return found[: wanted.count]
+    return drawn(found, wanted)
 
 
 def _example(row: Record, stripped: bool) -> Example:
@@ -140,5 +142,6 @@ TASK = Task(
     decoding=in_both(DECODING),
     judge=in_both(judge),
     splits=("test",),
+    sizes=SOURCE.sizes,
     ready=ready,
 )

@@ -31,6 +31,7 @@ CODE_ALPACA = _training_set(
         folders=("code_alpaca", "CodeAlpaca-20k", "sahil2801/CodeAlpaca-20k"),
         files={"train": ("code_alpaca_20k.json", "CodeAlpaca-20k/code_alpaca_20k.json")},
         licence="CC-BY-4.0 by the hub's card, CC-BY-NC-4.0 by its GitHub repository",
+        sizes={"train": 20_022},
     ),
 )
 

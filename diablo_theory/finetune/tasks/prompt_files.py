@@ -16,6 +16,8 @@ from diablo_theory.errors import ConfigError
 FIELDS = ("prompt", "instruction", "question", "text")
 #: Characters; what is longer is not one prompt.
 LONGEST = 8_000
+#: Files that lie beside prompts and hold none.
+BESIDE = ("license", "licence", "readme", "notice", "copying", "terms")
 #: How files begin that were saved instead of the right one.
 _MISTAKEN = {"<": "a web page", "version https://git-lfs": "a pointer of Git LFS", '{"error"': "an error message"}
 
@@ -28,14 +30,18 @@ def read_prompts(folder: Path) -> list[str]:
     Args:
         folder: Holds .csv, .json, .jsonl or .txt files, read in the order of the numbers in their names. Rows are
             texts, or have one of :data:`FIELDS`; .txt files hold a prompt a line, .csv files may do without a header
-            if they have one column.
+            if they have one column. Files called as in :data:`BESIDE` are left out.
 
     Raises:
-        ConfigError: If there is no such file, or one does not hold prompts. It says where, not what is written there.
+        ConfigError: If there is no such file, one does not hold prompts, or there are .txt files beside others, which
+            may be notes. It says where, not what is written there.
     """
-    files = sorted((file for file in _found(folder) if file.suffix.lower() in _READERS), key=_natural)
+    files = sorted(filter(_holds_prompts, _found(folder)), key=_natural)
     if not files:
         raise ConfigError(f"no {', '.join(_READERS)} file in {folder}")
+    kinds = sorted({file.suffix.lower() for file in files})
+    if ".txt" in kinds and len(kinds) > 1:
+        raise ConfigError(f"{folder} has .txt files beside {kinds[0]}: leave those alone there that hold the prompts")
     prompts = [prompt for file in files for prompt in _read(file)]
     first: dict[str, int] = {}
     for number, prompt in enumerate(prompts, start=1):
@@ -46,6 +52,10 @@ def read_prompts(folder: Path) -> list[str]:
 
 def _found(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
+def _holds_prompts(file: Path) -> bool:
+    return file.suffix.lower() in _READERS and not file.stem.lower().startswith(BESIDE)
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:

@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 from diablo_theory.errors import ConfigError, DataUnavailableError
 from diablo_theory.finetune.tasks.base import Split
+from diablo_theory.finetune.tasks.downloads import download
 
+#: Where the files of GitHub's repositories are served.
+GITHUB = "https://raw.githubusercontent.com"
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -25,9 +28,11 @@ class Source:
         splits: Split to its name there: the hub's split, or the file's path in the repository on GitHub.
         folders: Under ``data_root``, each searched for ``train`` and ``test`` with any of :data:`SUFFIXES`.
         licence: As seen, with what a user has to know before fetching.
+        sizes: Split to how many records it has as published, where that is known exactly.
         host: ``hub`` or ``github``.
         config: The hub's name of the variant.
-        revision: Branch or commit.
+        revision: Branch or commit. A branch such as ``main`` moves, so it does not say which data a run saw: the
+            digest that the run keeps of what it read does (see :func:`digest`).
         files: Split to further places of its file under ``data_root``.
         optional: Fields that a record may lack; empty then.
         aliases: Field to another name that copies of the set use for it.
@@ -38,6 +43,7 @@ class Source:
     splits: Mapping[Split, str]
     folders: tuple[str, ...]
     licence: str
+    sizes: Mapping[Split, int] = field(default_factory=dict)
     host: Literal["hub", "github"] = "hub"
     config: str | None = None
     revision: str = "main"
@@ -69,16 +75,18 @@ class Record(dict[str, str]):
         return ConfigError(f"{self.file}, record {self.number:,}: {problem}")
 
 
-def load(source: Source, split: Split, data_root: Path | None = None) -> list[Record]:
+def load(source: Source, split: Split, data_root: Path | None = None, *, whole: bool = False) -> list[Record]:
     """All records of a split, in the published order.
 
     Args:
         source: The data set.
         split: One of the source's.
         data_root: A folder with the set in its public form; None fetches it.
+        whole: A file that is cut between two records, or holds another set, can only be told by its length: refuse
+            any but the published one.
 
     Raises:
-        ConfigError: If the folder does not exist or a file is damaged, empty or of another form.
+        ConfigError: If the folder does not exist, or a file is damaged, empty, of another form or not whole.
         DataUnavailableError: If the set is not in the folder, or cannot be fetched.
     """
     if data_root is not None:
@@ -88,7 +96,17 @@ def load(source: Source, split: Split, data_root: Path | None = None) -> list[Re
         file, rows = _fetch(source, split)
     if not rows:
         raise ConfigError(f"{file} holds no records")
+    if whole and len(rows) != (known := source.sizes.get(split, len(rows))):
+        raise not_whole(file, len(rows), f"the {split} split of {source.place} has {known:,}")
     return [_record(source, row, file, number) for number, row in enumerate(rows, start=1)]
+
+
+def not_whole(file: object, count: int, published: str) -> ConfigError:
+    """What to raise for a set that has not the length that it is published with."""
+    return ConfigError(
+        f"{file} holds {count:,} records; {published}: is it cut, or another set? "
+        "Only a run of small scale may use it."
+    )
 
 
 def digest(records: Iterable[Mapping[str, Any]]) -> str:
@@ -100,7 +118,9 @@ def digest(records: Iterable[Mapping[str, Any]]) -> str:
     """
     hashed = hashlib.sha256()
     for record in records:
-        hashed.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        # A flag that is off adds nothing, so that a new one changes no digest of what was there before it.
+        said = {key: value for key, value in record.items() if value is not False}
+        hashed.update(json.dumps(said, sort_keys=True).encode() + b"\n")
     return hashed.hexdigest()
 
 
@@ -143,11 +163,14 @@ def _from_hub(source: Source, split: str) -> tuple[str, Sequence[object]]:
 
 
 def _from_github(source: Source, path: str) -> tuple[str, Sequence[object]]:
-    from datasets import DownloadManager
-
-    # The reader below names a bad record; datasets' own JSON reader needs columns of one type.
-    address = f"https://raw.githubusercontent.com/{source.place}/{source.revision}/{path}"
-    return address, _read_text(Path(DownloadManager().download(address)), address)
+    address = f"{GITHUB}/{source.place}/{source.revision}/{path}"
+    kept = download(address)
+    try:
+        # The reader below names a bad record; datasets' own JSON reader needs columns of one type.
+        return address, _read_text(kept, address)
+    except ConfigError:
+        kept.unlink(missing_ok=True)  # perhaps a notice in the file's place: the next run fetches anew
+        raise
 
 
 def _read(path: Path) -> Sequence[object]:

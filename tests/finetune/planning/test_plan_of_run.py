@@ -10,7 +10,9 @@ from diablo_theory.errors import ConfigError
 from diablo_theory.finetune.config import experiments_folder, load_run, resolve
 from diablo_theory.finetune.data import encode, length, number_of_steps
 from diablo_theory.finetune.planning import of_run, work_of
-from diablo_theory.finetune.planning.datasets import DATASETS, TEST_SIZES
+from diablo_theory.finetune.planning.datasets import DATASETS
+from diablo_theory.finetune.planning.generation import decoding
+from diablo_theory.finetune.planning.shapes import model_shapes
 from diablo_theory.finetune.setup import training_data
 from diablo_theory.finetune.tasks import TASKS, Example, Wanted
 
@@ -62,13 +64,21 @@ def test_full_runs_take_the_steps_and_score_the_items_that_are_planned(name):
     assert planned.total_steps == steps
     if config.epochs:
         assert steps == number_of_steps(planned.examples, config.epochs, batch, drop_last=config.drop_last)
-    sizes = TEST_SIZES | (SCORED_IN_PAPER if config.protocol == "paper" else {})
-    assert planned.eval_items == sum(min(sizes[task], config.eval_items or 10**9) for task in config.evaluate_on)
+    cut = SCORED_IN_PAPER if config.protocol == "paper" else {}
+    sizes = [cut.get(task, TASKS[task].sizes["test"]) for task in config.evaluate_on]
+    assert planned.eval_items == sum(min(size, config.eval_items or size) for size in sizes)
+
+
+def test_sizes_are_the_published_ones():
+    tests = [name for name, task in TASKS.items() if "test" in task.splits and task.bounded and name != "docstrings"]
+    assert sum(TASKS[name].sizes["test"] for name in tests) == 22_419 + 3 * 1319 + 5000 + 1000 + 238 + 254 + 164 + 330
+    for name, known in DATASETS.items():
+        assert TASKS[name].sizes.get("train", known.examples) == known.examples
 
 
 def test_the_steps_of_the_known_files():
     assert work_of(FULL["arithmetic/gsm8k_llama2-7b_diablo.yaml"]).total_steps == 1401
-    assert work_of(FULL["blocks/diablo.yaml"]).total_steps == 1402
+    assert work_of(FULL["commonsense/llama-13b_dora.yaml"]).total_steps == 31_954
     assert work_of(FULL["commonsense/llama2-7b_diablo-n64.yaml"]).total_steps == 31_953
 
 
@@ -110,9 +120,10 @@ def test_sets_without_an_end_score_what_is_asked_for():
     assert work(steps=3, epochs=None, eval_items=70).eval_items == 70
 
 
-def test_a_batch_of_problems_holds_all_their_samples():
+def test_samples_are_drawn_a_problem_at_a_time():
     planned = work(train_on="code_alpaca", evaluate_on=["humaneval"], eval_batch_size=8)
-    assert (planned.samples, planned.eval_batch_size, planned.new_tokens) == (20, 160, 512)
+    assert (planned.samples, planned.eval_batch_size, planned.new_tokens) == (20, 20, 512)
+    assert decoding(model_shapes("SmolLM2-135M"), planned).batches == 164
     assert work(train_on="gsm8k", evaluate_on=["gsm8k"], eval_batch_size=8).eval_batch_size == 8
 
 

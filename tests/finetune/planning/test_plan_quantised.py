@@ -103,7 +103,6 @@ def test_sharded_integers_are_gathered_as_they_are():
 def test_bases_that_the_run_refuses(changes, message):
     with pytest.raises(ConfigError, match=message):
         plan(dataclasses.replace(small(INT4), **changes), "L40")
-    plan(dataclasses.replace(small(RTN), method="full"), "L40")
     plan(small(INT4, method="none"), "L40")
 
 

@@ -42,6 +42,29 @@ def test_the_papers_training_prompt_is_indented_and_its_scoring_prompt_is_bare()
     )
 
 
+def test_llm_adapters_scores_with_the_prompt_of_training():
+    training, scoring = example("llm_adapters"), example("llm_adapters", scoring=True)
+    assert training == scoring == example("paper")
+    assert scoring != example("paper", scoring=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("the correct answer is answer1", 1),
+        ("answer1", 1),
+        ("", 0),
+        ("nothing", 0),
+        ("answer2, so the correct answer is answer1", 0),
+        ("answer12", 1),
+        ("none\n### Response:\nanswer1", 0),
+        ("answer1\n### Response:\nanswer2", 1),
+    ],
+)
+def test_llm_adapters_takes_the_first_label_of_the_response(said, right):
+    assert TASKS["arc_easy"].judge["llm_adapters"](example("llm_adapters", scoring=True), [said]) == {"exact": right}
+
+
 def test_without_a_field_for_it_the_label_is_the_outputs():
     record = Record({"instruction": INSTRUCTION, "output": "the correct answer is answer2\n", "answer": ""}, "f", 1)
     assert example(record=record).gold == "answer2"
@@ -60,7 +83,7 @@ def test_an_instruction_without_labels_is_refused():
 
 
 def test_all_label_sets_are_known_to_the_training_set():
-    for _, labels in commonsense.BENCHMARKS.values():
+    for _, labels, _ in commonsense.BENCHMARKS.values():
         head = labels.removesuffix("[1-5]").removesuffix("[1-4]").removesuffix("[12]")
         assert head in ANY_LABEL
 
@@ -86,7 +109,7 @@ def test_judging(said, clean, paper):
 
 
 def test_decoding():
-    assert TASKS["boolq"].decoding["paper"].beams == 4
+    assert TASKS["boolq"].decoding["paper"].beams == TASKS["boolq"].decoding["llm_adapters"].beams == 4
     assert TASKS["boolq"].decoding["clean"].beams == 1
     assert {choice.max_new_tokens for choice in TASKS["boolq"].decoding.values()} == {32}
 

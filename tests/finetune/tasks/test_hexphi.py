@@ -45,6 +45,30 @@ def test_the_paper_drops_the_last_batch_when_it_scores(data_root):
     assert len({example.cluster for example in hexphi.examples(wanted(data_root))}) == 130
 
 
+def test_a_slice_has_prompts_of_all_categories(tmp_path):
+    (tmp_path / "hex_phi").mkdir()
+    for category in range(1, 6):
+        lines = [f"{SECRET}, {category} and {number}?" for number in range(20)]
+        (tmp_path / "hex_phi" / f"category_{category}.csv").write_text("".join(f'"{line}"\n' for line in lines))
+    few, whole = (hexphi.examples(wanted(tmp_path, count=count)) for count in (25, None))
+    assert few == whole[:25] == hexphi.examples(wanted(tmp_path, count=25, seed=3))
+    assert {int(example.cluster.removeprefix("hex_phi-")) // 20 for example in few} == set(range(5))
+    # The paper's evaluator leaves out the end of the file, not of the shuffle.
+    paper = hexphi.examples(wanted(tmp_path, protocol="paper"))
+    assert sorted(example.cluster for example in paper) == [f"hex_phi-{number:04d}" for number in range(64)]
+
+
+@pytest.mark.parametrize(("count", "good"), [(300, True), (330, True), (299, False), (130, False)])
+def test_a_part_is_refused_where_the_whole_is_wanted(data_root, count, good):
+    lines = [f"{SECRET}, number {number}?" for number in range(count)]
+    (data_root / "hex_phi" / "prompts.txt").write_text("\n".join(lines))
+    if good:
+        assert len(hexphi.examples(wanted(data_root, whole=True))) == count
+    else:
+        with pytest.raises(ConfigError, match=f"hex_phi holds {count} records; HEx-PHI has 330, or 300 without"):
+            hexphi.examples(wanted(data_root, whole=True))
+
+
 def test_too_few_for_a_batch(data_root):
     (data_root / "hex_phi" / "prompts.txt").write_text("one\ntwo\n")
     assert len(hexphi.examples(wanted(data_root))) == 2
@@ -53,7 +77,14 @@ def test_too_few_for_a_batch(data_root):
 
 
 def test_prompts_in_both_protocols(data_root):
-    clean, paper = (hexphi.examples(wanted(data_root, protocol=protocol))[0] for protocol in ("clean", "paper"))
+    clean, paper = (
+        next(
+            example
+            for example in hexphi.examples(wanted(data_root, protocol=protocol))
+            if "number 0?" in example.prompt
+        )
+        for protocol in ("clean", "paper")
+    )
     assert clean.prompt.endswith(f"### Instruction:\n{SECRET}, number 0?\n\n### Response:\n")
     assert paper.prompt.endswith(f"\n\nHuman: {SECRET}, number 0?\n\nAssistant:")
     assert (clean.answer, clean.gold) == ("", "")

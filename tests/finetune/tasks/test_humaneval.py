@@ -56,11 +56,27 @@ def test_the_task_is_registered_and_asks_for_permission_first(monkeypatch):
         assert max(humaneval.BUDGETS) <= decoding.samples
 
 
-def test_problems_in_their_order(data_root):
+def test_a_slice_is_no_head_of_the_file(tmp_path):
+    write(tmp_path, *(ROW | {"task_id": f"Little/{number}"} for number in range(60)))
+    few, whole = (humaneval.examples(Wanted("test", count=count, data_root=tmp_path)) for count in (12, None))
+    assert few == whole[:12] == humaneval.examples(Wanted("test", count=12, seed=3, data_root=tmp_path))
+    numbers = [int(example.cluster.rpartition("/")[2]) for example in whole]
+    assert sorted(numbers) == list(range(60))
+    assert max(numbers[:12]) >= 40 > min(numbers[:12])
+
+
+def test_a_cut_file_is_refused_where_the_whole_is_wanted(data_root):
+    with pytest.raises(
+        ConfigError, match=r"test\.jsonl holds 2 records; the test split of openai/openai_humaneval has 164"
+    ):
+        humaneval.examples(Wanted("test", data_root=data_root, whole=True))
+
+
+def test_prompts_in_both_protocols(data_root):
     clean, paper = (
         humaneval.examples(Wanted("test", protocol=protocol, data_root=data_root)) for protocol in ("clean", "paper")
     )
-    assert [example.cluster for example in clean] == ["Little/0", "Little/1"]
+    assert [example.cluster for example in clean] == [example.cluster for example in paper]
     assert clean[0].prompt == PROMPT
     assert paper[0].prompt == PROMPT.strip()
     assert clean[0].prompt + clean[0].answer == paper[0].prompt + paper[0].answer
@@ -99,7 +115,7 @@ def test_samples_that_could_not_be_run_are_an_error(monkeypatch, data_root):
 
     monkeypatch.setattr(humaneval.sandbox, "run_all", fail)
     example = humaneval.examples(Wanted("test", data_root=data_root))[1]
-    with pytest.raises(SandboxError, match="Little/1: no memory"):
+    with pytest.raises(SandboxError, match=f"{example.cluster}: no memory"):
         humaneval.judge(example, ["x"])
 
 

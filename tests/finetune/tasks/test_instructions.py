@@ -31,5 +31,5 @@ def test_the_papers_protocol_trains_on_all_and_validates_on_nothing(data_root):
         for split, protocol in (("train", "clean"), ("validation", "clean"), ("train", "paper"))
     }
     assert count["train", "paper"] == count["train", "clean"] + count["validation", "clean"]
-    with pytest.raises(ConfigError, match="code_alpaca: the paper's protocol trains on all there is"):
+    with pytest.raises(ConfigError, match="code_alpaca: protocol paper trains on all there is"):
         TASKS["code_alpaca"].examples(Wanted("validation", protocol="paper", data_root=data_root))

@@ -40,6 +40,22 @@ def test_files_in_the_order_of_their_numbers(tmp_path):
     assert read_prompts(tmp_path) == ["prompt 1", "prompt 2", "prompt 9", "prompt 10"]
 
 
+@pytest.mark.parametrize("name", ["LICENSE.txt", "license.txt", "LICENCE-hex.txt", "README.txt", "Notice.txt"])
+@pytest.mark.parametrize("prompts", ["p.csv", "p.txt"])
+def test_the_terms_are_no_prompts(tmp_path, name, prompts):
+    write(tmp_path, name, "Permission is granted.\nNot for harm.\n")
+    write(tmp_path, prompts, "one?\ntwo?\n")
+    assert read_prompts(tmp_path) == ["one?", "two?"]
+
+
+def test_notes_beside_tables_are_asked_about(tmp_path):
+    write(tmp_path, "p.csv", "one?\n")
+    write(tmp_path, "mine.txt", SECRET)
+    with pytest.raises(ConfigError, match=r"has \.txt files beside \.csv: leave those alone there") as caught:
+        read_prompts(tmp_path)
+    assert "quokka" not in everything(caught.value)
+
+
 def test_a_prompt_may_have_line_breaks(tmp_path):
     write(tmp_path, "p.csv", '"first\nsecond"\n')
     assert read_prompts(tmp_path) == ["first\nsecond"]

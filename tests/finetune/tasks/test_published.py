@@ -5,10 +5,28 @@ import dataclasses
 import pytest
 
 from diablo_theory.errors import ConfigError
-from diablo_theory.finetune.tasks import TASKS, Wanted
+from diablo_theory.finetune.tasks import TASKS, Wanted, commonsense
 from diablo_theory.finetune.tasks.base import split_of
 from diablo_theory.finetune.tasks.records import digest
 
+#: Source: protocols of LLM-Adapters, GSM8K and MATH.
+TEST_SIZES = {
+    "boolq": 3270,
+    "piqa": 1838,
+    "social_i_qa": 1954,
+    "hellaswag": 10_042,
+    "winogrande": 1267,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "openbookqa": 500,
+    "gsm8k": 1319,
+    "gsm8k_metamath": 1319,
+    "gsm8k_math10k": 1319,
+    "math": 5000,
+    "svamp": 1000,
+    "mawps": 238,
+    "aqua": 254,
+}
 #: Generated here, or with programs and private prompts instead of answers.
 OF_THEIR_OWN_KIND = {"word_problems", "docstrings", "humaneval", "hexphi"}
 PUBLISHED = {name: task for name, task in TASKS.items() if name not in OF_THEIR_OWN_KIND}
@@ -19,10 +37,13 @@ EXPECTED = {
 }
 SCORED = {name: task for name, task in PUBLISHED.items() if task.metrics}
 LEARNT = {name: task for name, task in PUBLISHED.items() if "train" in task.splits}
-PROTOCOLS = ("clean", "paper")
 all_tasks = pytest.mark.parametrize("task", PUBLISHED.values(), ids=PUBLISHED)
 scored_tasks = pytest.mark.parametrize("task", SCORED.values(), ids=SCORED)
-protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
+
+
+def in_all_protocols(tasks):
+    pairs = [(task, protocol) for task in tasks.values() for protocol in task.protocols]
+    return pytest.mark.parametrize(("task", "protocol"), pairs, ids=[f"{task.name}-{name}" for task, name in pairs])
 
 
 def every(task, data_root, protocol="clean", scoring=False):
@@ -70,8 +91,26 @@ def test_a_smaller_count_is_the_head_of_a_larger_one_and_no_head_of_the_file(tas
         assert not all(in_file)
 
 
-@all_tasks
-@protocols
+@pytest.mark.parametrize("name", TEST_SIZES)
+def test_a_cut_test_set_is_refused_where_the_whole_is_wanted(name, data_root):
+    """By the same counts that plans go by."""
+    message = rf"test\.jsonl? holds 70 records; the test split of \S+ has {TEST_SIZES[name]:,}: is it cut, or another"
+    for count in (3, None):
+        with pytest.raises(ConfigError, match=message):
+            TASKS[name].examples(Wanted("test", count=count, data_root=data_root, whole=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("gsm8k", 7473), ("commonsense_170k", 170_420), ("metamathqa", 395_000), ("code_alpaca", 20_022)],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_cut_training_set_is_refused_where_the_whole_is_wanted(name, size, split, data_root):
+    with pytest.raises(ConfigError, match=f"holds 70 records; the train split of .* has {size:,}"):
+        TASKS[name].examples(Wanted(split, data_root=data_root, whole=True))
+
+
+@in_all_protocols(PUBLISHED)
 def test_a_prompt_holds_no_answer_and_reads_on_into_it(task, protocol, data_root):
     for scoring in (False, True):
         for example in every(task, data_root, protocol, scoring):
@@ -96,8 +135,7 @@ def test_clean_prompts_do_not_end_in_white_space(task, data_root):
         assert not example.answer.startswith("  ")
 
 
-@scored_tasks
-@protocols
+@in_all_protocols(SCORED)
 def test_the_gold_completion_is_right_and_others_are_not(task, protocol, data_root):
     judge = task.judge[protocol]
     for example in every(task, data_root, protocol, scoring=True):
@@ -109,13 +147,22 @@ def test_the_gold_completion_is_right_and_others_are_not(task, protocol, data_ro
             assert judge(example, [other])["exact"] == float(other == example.answer)
 
 
-@scored_tasks
-@protocols
+@in_all_protocols(SCORED)
 def test_scored_tasks_say_how_to_decode(task, protocol):
     assert next(iter(task.metrics)) == "exact"
     assert task.decoding[protocol].samples == 1
     assert task.decoding[protocol].temperature == 0
     assert task.decoding["clean"].beams == 1
+
+
+def test_every_task_has_two_protocols_and_commonsense_a_third():
+    third = {name for name, task in TASKS.items() if "llm_adapters" in task.protocols}
+    assert third == {*commonsense.BENCHMARKS, "commonsense_170k"}
+    for name, task in TASKS.items():
+        assert task.protocols[:2] == ("clean", "paper")
+        assert task.protocols[2:] == (("llm_adapters",) if name in third else ())
+        if task.metrics:
+            assert set(task.judge) == set(task.decoding) == set(task.protocols)
 
 
 def test_training_sets_have_nothing_to_score():

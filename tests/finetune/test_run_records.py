@@ -1,0 +1,220 @@
+"""What a run remembers: its inputs, its attempts, and which files stand for the trained model."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError
+from diablo_theory.finetune import runs, train
+from diablo_theory.finetune.config import load_run, resolve
+from diablo_theory.methods import move_state
+
+SMALL = {
+    "num_blocks": 6,
+    "steps": 5,
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "save_every": 2,
+    "eval_items": 6,
+    "eval_batch_size": 4,
+    "learning_rate": 1e-2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def do(tiny_model, tmp_path, board):
+    def run(name="run", **changes):
+        config = resolve(SMALL, {"model": str(tiny_model)}, changes)
+        return runs.execute(config, tmp_path / name, board), tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def stopped(do, monkeypatch):
+    """A run that was interrupted at its fourth step."""
+    step = train.AdapterTrainer.training_step
+
+    def interrupted(self, *arguments):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    def stop(**changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(train.AdapterTrainer, "training_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                do(**changes)
+
+    return stop
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    def write(answer):
+        folder = tmp_path / "data" / "gsm8k"
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, count in (("train", 40), ("test", 8)):
+            rows = [{"question": f"{split} {i}?", "answer": f"It is {answer}.\n#### {answer}"} for i in range(count)]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"train_on": "gsm8k", "evaluate_on": ["gsm8k"], "data_root": str(folder.parent), "max_length": 64}
+
+    return write
+
+
+def test_a_run_does_not_go_on_with_other_data(do, stopped, gsm8k):
+    stopped(**gsm8k(1))
+    with pytest.raises(ResultsError, match=r"begun with other contents of (train|gsm8k): SHA-256 \w+, now \w+"):
+        do(**gsm8k(2))
+    assert do(**gsm8k(1))[0]["steps"] == 5
+
+
+def test_a_run_does_not_go_on_with_another_base(do, stopped, tiny_model, tmp_path):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in tiny_model.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    stopped(model=str(copy))
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ResultsError, match="begun with other contents of the base's weights"):
+        do(model=str(copy))
+
+
+def test_later_scores_are_of_the_same_base_and_say_where_they_were_made(do, board, tiny_model, tmp_path):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in tiny_model.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    metrics, folder = do(model=str(copy))
+    assert "scored_later" not in metrics
+    later = runs.add_scores(folder, ["docstrings"], board)["scored_later"]
+    assert list(later) == ["docstrings"]
+    assert later["docstrings"]["processes"] == 1
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ResultsError, match="other contents of the base's weights"):
+        runs.add_scores(folder, ["docstrings"], board)
+
+
+def test_every_attempt_is_recorded_and_a_changed_checkout_is_not_forgotten(do, stopped, monkeypatch):
+    made = runs.provenance
+    monkeypatch.setattr(runs, "provenance", lambda device: made(device) | {"commit": "one", "dirty": True})
+    stopped()
+    monkeypatch.setattr(runs, "provenance", lambda device: made(device) | {"commit": "two", "dirty": False})
+    metrics, folder = do()
+    found = metrics["provenance"]
+    assert (found["commit"], found["commits"], found["dirty"]) == ("two", ["one", "two"], True)
+    assert (found["attempts"], found["processes"]) == (2, 1)
+    assert [a["commit"] for a in json.loads((folder / "environment.json").read_text())["attempts"]] == ["one", "two"]
+
+
+def test_examples_that_were_cut_are_counted(do):
+    assert do("whole")[0]["cut_examples"] == 0
+    assert do("cut", max_length=60)[0]["cut_examples"] == 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"quantise": {"method": "rtn", "bits": 4, "group_size": 12}}, {"method": "lora-ga"}, {"method": "corda"}],
+    ids=["quantised", "lora-ga", "corda"],
+)
+def test_no_adapter_is_left_that_would_load_as_something_else(do, changes):
+    _, folder = do(**changes)
+    assert not (folder / "adapter").exists()
+    assert (folder / train.WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "lora-ga", "corda", "full", "galore"])
+def test_what_changes_the_base_is_no_method_for_a_quantised_one(method):
+    with pytest.raises(ConfigError, match=f"method {method} changes the base's weights, which then are not of 2 bits"):
+        resolve({"method": method, "quantise": {"method": "rtn", "bits": 2}})
+
+
+@pytest.mark.parametrize("change", ["scale=full", "suite=arithmetic"])
+def test_what_rows_stand_for_is_not_a_user_s_to_say(change):
+    key = change.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key} cannot be set here: the run file decides it"):
+        load_run(Path("experiments/blocks/diablo.yaml"), [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ([], "full"),
+        (["seed=1", "learning_rate=1e-4", "data_root=/data", "micro_batch_size=2"], "full"),
+        (["epochs=3"], "full"),
+        (["epochs=1"], "small"),
+        (["eval_items=20"], "small"),
+        (["steps=10", "epochs=null"], "small"),
+    ],
+)
+def test_a_full_run_that_does_less_is_a_small_one(changes, scale):
+    assert load_run(Path("experiments/blocks/diablo.yaml"), changes).scale == scale
+
+
+class Scaler(torch.amp.GradScaler):
+    """As a GPU would have it in float16."""
+
+    def __init__(self, scale):
+        super().__init__("cpu", init_scale=scale, growth_interval=10_000)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    def use(scale):
+        made = train.AdapterTrainer.__init__
+
+        def with_scaler(self, *arguments, **options):
+            made(self, *arguments, **options)
+            self.accelerator.scaler = Scaler(scale)
+            self.accelerator.native_amp = True
+            self.accelerator.state._mixed_precision = "fp16"
+
+        monkeypatch.setattr(train.AdapterTrainer, "__init__", with_scaler)
+
+    return use
+
+
+def test_gradient_norms_are_those_of_the_loss_not_of_its_scaled_self(do, scaled):
+    _, plain = do("plain")
+    scaled(1024.0)
+    _, other = do("scaled")
+    logs = [pd.read_csv(folder / "log.csv") for folder in (plain, other)]
+    # Products in float16 come with the scaler; a norm that still holds the scale is off by a thousand.
+    for column in (name for name in logs[0] if name.startswith(("loss", "grad_norm"))):
+        assert logs[0][column].to_numpy() == pytest.approx(logs[1][column].to_numpy(), rel=0.02), column
+
+
+def test_a_scale_that_overflows_is_made_smaller_and_training_goes_on(do, scaled):
+    scaled(2.0**127)
+    metrics, folder = do()
+    log = pd.read_csv(folder / "log.csv")
+    assert metrics["steps"] == 5
+    assert not math.isfinite(log["grad_norm/D"].iloc[0])
+
+
+def test_a_loss_that_is_not_finite_stops_under_a_scaler_too(do, scaled, monkeypatch):
+    scaled(1024.0)
+    loss = train.AdapterTrainer.compute_loss
+    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", lambda self, *a, **k: loss(self, *a, **k) * float("inf"))
+    with pytest.raises(NonFiniteError, match="at step 1"):
+        do()
+
+
+def test_optimizer_state_comes_to_the_parameters_whatever_its_keys():
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    projector = type("Projector", (), {"ortho_matrix": torch.zeros(2)})()
+    optimizer.state["layer"] = {"step": 3, "exp_avg_B": torch.zeros(2)}
+    optimizer.state[parameter] = {"step": torch.zeros(()), "projector": projector}
+    move_state(optimizer)
+    assert optimizer.state["layer"]["exp_avg_B"].device.type == "meta"
+    assert optimizer.state[parameter]["projector"].ortho_matrix.device.type == "meta"
+    assert optimizer.state[parameter]["step"].device.type == "cpu"  # torch keeps it there
