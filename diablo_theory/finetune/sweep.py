@@ -95,10 +95,13 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         overrides: Keys over every file's.
 
     Raises:
-        ConfigError: If a file, key or value is not allowed, or two runs would share a folder.
+        ConfigError: If a file, key or value is not allowed, a key is both set and varied, or two runs would share a
+            folder.
     """
     runs: dict[str, Planned] = {}
     for part in sweep.parts:
+        _require_apart(part.vary, part.set, "its own set")
+        _require_apart(part.vary, overrides or {}, "--set")
         for file, values in itertools.product(part.files, _combinations(part.vary)):
             differences = read_run_file(_found(file))
             small = small_scale(differences) if sweep.small else {}
@@ -108,6 +111,13 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
                 raise ConfigError(f"two different runs of this sweep are both called {name}: vary what differs")
             runs[name] = Planned(name, config)
     return list(runs.values())
+
+
+def _require_apart(vary: Iterable[str], fixed: Iterable[str], where: str) -> None:
+    """Refuse a key that is set and varied: runs would be named after values that they do not have."""
+    for varied, key in itertools.product(vary, fixed):
+        if varied == key or varied == key.partition(".")[0] or varied.partition(".")[0] == key:
+            raise ConfigError(f"a sweep varies {varied}, and {where} gives {key} one value: leave out one of the two")
 
 
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:

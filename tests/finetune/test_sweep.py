@@ -98,6 +98,29 @@ def test_mistakes_are_told_before_the_first_run(spec, tmp_path):
         sweep.planned(sweep.SweepFile(parts=(sweep.Part(files=("nowhere/lora.yaml",)),)))
 
 
+@pytest.mark.parametrize(
+    ("varied", "fixed"),
+    [("seed", "seed"), ("quantise", "quantise.bits"), ("quantise.bits", "quantise")],
+)
+def test_what_is_varied_is_not_set(spec, varied, fixed):
+    values = {"quantise": {"method": "rtn", "bits": 4}, "quantise.bits": 4, "seed": 7}
+    alone = sweep.Part(files=spec.parts[0].files, vary={varied: (values[varied],)})
+    with pytest.raises(ConfigError, match=rf"varies {varied}, and --set gives {fixed} one value: leave out one"):
+        sweep.planned(sweep.SweepFile(parts=(alone,)), {fixed: values[fixed]})
+    own = alone.model_copy(update={"set": {fixed: values[fixed]}})
+    with pytest.raises(ConfigError, match=rf"varies {varied}, and its own set gives {fixed} one value"):
+        sweep.planned(sweep.SweepFile(parts=(own,)))
+
+
+def test_two_parts_of_a_key_are_two_keys(spec):
+    files = spec.parts[0].files[:1]
+    (file,) = files
+    file.write_text(file.read_text() + "quantise: {method: rtn, bits: 4}\n")
+    part = sweep.Part(files=files, set=TINY, vary={"quantise.bits": (3, 4)})
+    planned = sweep.planned(sweep.SweepFile(parts=(part,)), {"quantise.group_size": 12})
+    assert [(run.config.quantise.bits, run.config.quantise.group_size) for run in planned] == [(3, 12), (4, 12)]
+
+
 def test_every_sweep_file_plans():
     files = [file for file in experiments_folder().rglob("*.yaml") if file.parent.name == "sweeps"]
     for file in files:
