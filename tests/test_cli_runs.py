@@ -1,11 +1,17 @@
 """The commands on runs, as a user types them."""
 
+import io
 import json
+import sys
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
+from diablo_theory.cli import common
 from diablo_theory.finetune.config import resolve
 from diablo_theory.finetune.folder import METRICS
+from diablo_theory.progress import Board
 
 RUN = ["num_blocks=6", "steps=2", "batch_size=2", "warmup_steps=1", "eval_items=4", "device=cpu", "save_every=1"]
 
@@ -107,3 +113,41 @@ def test_mistakes_are_one_message(shell, tmp_path, words, arguments, message):
     assert status in (1, 2)
     assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
+
+
+def test_brackets_are_printed_as_they_are(shell, words, monkeypatch):
+    """Paths, model names and messages may look like rich's markup, even like markup that is wrong."""
+    settings = [part for pair in RUN for part in ("--set", pair)]
+    (words / "lora.yaml").write_text("method: lora\nmodel: 'no[such]/[/tmp/x] :smile:'\n")
+    status, out, _ = shell("sweep", "words", *settings, "--out", "[red]out[/]")
+    assert status == 1
+    assert "1 finished, 1 failed; in [red]out[/]" in out
+    assert "failed: words/lora: model 'no[such]/[/tmp/x] :smile:' is neither" in out
+    status, out, _ = shell("status", ".")
+    assert "[red]out[/]/words/diablo" in out
+    status, out, _ = shell("show", "[red]out[/]/words/diablo")
+    assert "[red]out[/]/words/diablo: finished" in out
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    status, _, err = shell("sweep", "words", *settings, "--cluster", "slurm")
+    assert "error: a cluster needs submitit: pip install 'diablo-theory[cluster]'" in err
+
+
+def test_progress_shows_brackets_as_they_are():
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200, _environ={})
+        board = Board(console, {"a [/b] :smile:": 1.0})
+        with board.stage("a [/b] :smile:"), board.piece("load [/tmp/x] :smile:", 2) as advance:
+            advance(2)
+        board.skip("[bold]c[/]")
+        shown = Text.from_ansi(console.file.getvalue()).plain
+        assert "a [/b] :smile: (about 0:01 left in all)" in shown
+        assert "load [/tmp/x] :smile: 0:00" in shown
+        assert "[bold]c[/] (finished before)" in shown
+
+
+def test_a_spinner_shows_brackets_as_they_are(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={})
+    monkeypatch.setattr(common, "console", console)
+    with common.working("load [/tmp/x]"):
+        pass
+    assert "load [/tmp/x]" in Text.from_ansi(console.file.getvalue()).plain

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diablo_theory.cli.common import Overrides, app, console, options_checked, require_folder, wrote
+from diablo_theory.cli.common import Overrides, app, console, options_checked, require_folder, say, working, wrote
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an unfinished one is continued.")]
 
@@ -45,7 +45,7 @@ def reproduce(
     page = reproduction.run(lambda expected: Board(console, expected))
     passed = _show(out, page)
     for failure in reproduction.failures:
-        console.print(f"[bold red]failed:[/bold red] {failure}", highlight=False)
+        say(("failed:", "bold red"), f" {failure}")
     if reproduction.failures or not passed:
         raise typer.Exit(1)
 
@@ -210,7 +210,7 @@ def report(out: Out = Path("results/default")) -> None:
     """
     from diablo_theory.reporting.report import write_report
 
-    with console.status("drawing figures"):
+    with working("drawing figures"):
         page = write_report(out)
     if not _show(out, page):
         raise typer.Exit(1)
@@ -224,5 +224,5 @@ def _show(out: Path, page: Path) -> bool:
     data = collect(out)
     console.print()
     console.print(summary(data))
-    console.print(f"\nReport: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
+    say("\nReport: ", (str(page), "bold"))
     return data.verdicts.empty or bool(data.verdicts["passed"].all())

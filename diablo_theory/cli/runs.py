@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from diablo_theory.cli.common import Overrides, app, console, require_folder
+from diablo_theory.cli.common import Overrides, app, console, require_folder, say
 
 if TYPE_CHECKING:
     from diablo_theory.progress import Board
@@ -148,8 +148,8 @@ def sweep(
     runs = sweeps.planned(chosen, overrides)
     if dry_run:
         for run in runs:
-            console.print(f"{run.name}  {run.config.method} on {run.config.train_on}", highlight=False)
-        console.print(f"{len(runs)} runs")
+            say(f"{run.name}  {run.config.method} on {run.config.train_on}")
+        say(f"{len(runs)} runs")
         return
     if cluster:
         outcomes = sweeps.submit(runs, out, cluster, parse_overrides(cluster_options or []))
@@ -158,10 +158,10 @@ def sweep(
     counts = {
         state: sum(o.state == state for o in outcomes) for state in ("finished", "before", "submitted", "failed")
     }
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) + f"; in {out}")
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count) + f"; in {out}")
     for outcome in outcomes:
         if outcome.state == "failed":
-            console.print(f"[bold red]failed:[/bold red] {outcome.name}: {outcome.note}", highlight=False)
+            say(("failed:", "bold red"), f" {outcome.name}: {outcome.note}")
     if counts["failed"]:
         raise typer.Exit(1)
 
@@ -244,12 +244,12 @@ def show(
     if not (run / CONFIG).is_file():
         raise ResultsError(f"{run} holds no run: there is no {CONFIG}")
     found = state(run)
-    console.print(f"[bold]{run}[/bold]: {found['state']}, step {found['step']}/{found['steps']} {found['note']}")
+    say((str(run), "bold"), f": {found['state']}, step {found['step']}/{found['steps']} {found['note']}")
     defaults = read_yaml(experiments_folder() / "defaults.yaml")
     different = {key: value for key, value in read_json(run / CONFIG).items() if defaults.get(key) != value}
-    console.print("  " + ", ".join(f"{key}={value}" for key, value in different.items()), highlight=False)
+    say("  " + ", ".join(f"{key}={value}" for key, value in different.items()))
     if found["metrics"]:
-        console.print("  " + _scores(found["metrics"]), highlight=False)
+        say("  " + _scores(found["metrics"]))
     files = {file.stem: file for file in sorted((run / PREDICTIONS).glob("*.csv"))}
     if task and task not in files:
         raise ConfigError(f"{run} has no predictions on {task!r}.{nearest(task, files)}")
@@ -264,13 +264,12 @@ def _show_answers(task: str, items: Any, errors: bool, count: int) -> None:
     metric = next((name for name in TASKS[task].metrics if name in items), None) if task in TASKS else None
     wrong = items[items[metric] < 1] if metric else items
     chosen = wrong if errors else items
-    console.print(f"\n[bold]{task}[/bold]: {len(wrong)} of {len(items)} wrong by {metric}", highlight=False)
+    say("\n", (task, "bold"), f": {len(wrong)} of {len(items)} wrong by {metric}")
     for row in chosen.head(count).to_dict("records"):
         mark = "" if metric is None else f" ({metric} {row[metric]:g})"
-        console.print(f"[dim]problem {row['item']}{mark}[/dim]", highlight=False)
+        say((f"problem {row['item']}{mark}", "dim"))
         for part in ("prompt", "completion", "answer"):
-            console.print(f"  {part}: ", style="bold", end="")
-            console.print(repr(row[part]), markup=False, highlight=False, soft_wrap=True)
+            say((f"  {part}: ", "bold"), repr(row[part]))
 
 
 def _board() -> Board:
@@ -286,10 +285,9 @@ def _is_first() -> bool:
 
 def _tell(metrics: dict[str, Any], folder: Path) -> None:
     if _is_first():
-        console.print(
+        say(
             f"{metrics['label']}, {metrics['trainable_params']:,} trainable parameters "
-            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics)}. In {folder}",
-            highlight=False,
+            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics)}. In {folder}"
         )
 
 
