@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -87,6 +88,11 @@ def test_a_sweep_with_a_failure_says_which_and_exits_with_1(shell, words):
     assert status == 1
     assert "1 finished, 1 failed" in out
     assert "failed: words/lora: model 'no-such-model' is neither" in out
+    _, out, _ = shell("status", "results")
+    assert re.search(r"words/lora +failed +0/\? +model 'no-such-model' is", out)
+    status, out, _ = shell("show", "results/sweep/words/lora")
+    assert status == 0
+    assert "failed, step 0/? model 'no-such-model' is neither" in out
 
 
 @pytest.mark.parametrize(

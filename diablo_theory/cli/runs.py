@@ -216,10 +216,14 @@ def status(
         found = state(folder)
         metrics = found["metrics"]
         minutes = f"{metrics['train_seconds'] / 60:.1f}" if metrics and metrics["train_seconds"] else ""
-        progress = f"{found['step']}/{found['steps'] if found['steps'] is not None else '?'}"
         scores = _scores(metrics) if metrics else str(found["note"]).split("\n")[0][:80]
-        table.add_row(str(folder.relative_to(root)), found["state"], progress, scores, minutes)
+        table.add_row(str(folder.relative_to(root)), found["state"], _steps(found), scores, minutes)
     console.print(table)
+
+
+def _steps(found: dict[str, Any]) -> str:
+    """``3/60``, with a question mark for what is not known."""
+    return "/".join("?" if found[key] is None else str(found[key]) for key in ("step", "steps"))
 
 
 @app.command()
@@ -238,13 +242,15 @@ def show(
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import read_json
     from diablo_theory.finetune.config import experiments_folder, read_yaml
-    from diablo_theory.finetune.folder import CONFIG, PREDICTIONS, state
+    from diablo_theory.finetune.folder import CONFIG, ERROR, PREDICTIONS, state
     from diablo_theory.finetune.scoring import read_predictions
 
-    if not (run / CONFIG).is_file():
+    if not (run / CONFIG).is_file() and not (run / ERROR).is_file():
         raise ResultsError(f"{run} holds no run: there is no {CONFIG}")
     found = state(run)
-    say((str(run), "bold"), f": {found['state']}, step {found['step']}/{found['steps']} {found['note']}")
+    say((str(run), "bold"), f": {found['state']}, step {_steps(found)} {found['note']}".rstrip())
+    if not (run / CONFIG).is_file():  # it failed before it could start
+        return
     defaults = read_yaml(experiments_folder() / "defaults.yaml")
     different = {key: value for key, value in read_json(run / CONFIG).items() if defaults.get(key) != value}
     say("  " + ", ".join(f"{key}={value}" for key, value in different.items()))

@@ -23,6 +23,7 @@ from diablo_theory.finetune.folder import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
+    ERROR,
     FAILED,
     LOG,
     METRICS,
@@ -106,6 +107,8 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
         before = read_json(failed)["error"]
         raise NonFiniteError(f"{before} (In an earlier attempt; delete {failed} to go on from the last checkpoint.)")
     first = PartialState().is_main_process
+    if first:
+        (folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
     problems = read_problems(config)
     setup = set_up(config, folder, board, load, problems.train)
     steps = 0 if setup.data is None else len(setup.data) // config.batch_size

@@ -5,22 +5,20 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory.errors import ConfigError, DiabloTheoryError
-from diablo_theory.files import write_text
+from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError
+from diablo_theory.files import locked, write_text
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_run_file, read_yaml, resolve, small_scale
-from diablo_theory.finetune.folder import check_owner, finished
+from diablo_theory.finetune.folder import ERROR, check_owner, finished
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
-
-#: What a run that ended in an error that nobody expected leaves in its folder.
-TRACEBACK = "error.txt"
 
 
 class Part(BaseModel):
@@ -132,35 +130,55 @@ def _found(file: Path) -> Path:
 def run_all(runs: Sequence[Planned], out: Path, board: SweepBoard) -> list[Outcome]:
     """Do runs one after another.
 
-    One that fails is noted and the next one starts; only Ctrl-C and a full disk end the sweep.
+    One that fails is noted, also in its folder, and the next one starts; only Ctrl-C and a full disk end the sweep.
 
     Args:
         runs: From :func:`planned`.
         out: Run ``name`` goes into ``out / name``.
         board: Shows progress.
     """
-    outcomes = []
-    for place, run in enumerate(runs, start=1):
-        if finished(out / run.name):
-            board.skip(run.name)
-            outcomes.append(_guarded(run, "before", out, check_owner, out / run.name, run.config))
-            continue
-        with board.stage(f"{place}/{len(runs)} {run.name}"):
-            outcomes.append(_guarded(run, "finished", out, execute, run.config, out / run.name, board))
-    return outcomes
+    headings = [f"{place}/{len(runs)} {run.name}" for place, run in enumerate(runs, start=1)]
+    return [
+        guarded(run, out / run.name, partial(_do, run, out / run.name, heading, board))
+        for run, heading in zip(runs, headings, strict=True)
+    ]
 
 
-def _guarded(run: Planned, done: str, out: Path, work: Callable[..., object], *arguments: object) -> Outcome:
+def _do(run: Planned, folder: Path, heading: str, board: SweepBoard) -> Outcome:
+    if was_finished(run, folder):
+        board.skip(run.name)
+        return Outcome(run.name, "before")
+    with board.stage(heading):
+        execute(run.config, folder, board)
+    return Outcome(run.name, "finished")
+
+
+def was_finished(run: Planned, folder: Path) -> bool:
+    """Whether a folder holds this run, finished.
+
+    Raises:
+        ResultsError: If it belongs to another run, or is damaged.
+    """
+    check_owner(folder, run.config)
+    return finished(folder) is not None
+
+
+def guarded(run: Planned, folder: Path, work: Callable[[], Outcome]) -> Outcome:
+    """What some work on a run comes to; an error that says nothing about other runs is noted in the run's folder."""
     try:
-        work(*arguments)
+        return work()
     except DiabloTheoryError as error:
-        return Outcome(run.name, "failed", str(error))
+        told = noted = str(error)
     except OSError:
         raise  # no space, no permission: the next run would meet it too
-    except Exception:  # out of memory, a bug: the others do not depend on it
-        write_text(out / run.name / TRACEBACK, traceback.format_exc())
-        return Outcome(run.name, "failed", traceback.format_exc())
-    return Outcome(run.name, done)
+    except Exception as error:  # out of memory, a bug: the others do not depend on it
+        told = traceback.format_exc()
+        noted = f"{''.join(traceback.format_exception_only(error))}\n{told}"
+    with suppress(ResultsError):  # the folder is another run's, or another process is at work in it
+        check_owner(folder, run.config)
+        with locked(folder):
+            write_text(folder / ERROR, noted)
+    return Outcome(run.name, "failed", told)
 
 
 def submit(runs: Sequence[Planned], out: Path, cluster: str, options: Mapping[str, Any]) -> list[Outcome]:

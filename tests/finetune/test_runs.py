@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from diablo_theory import files
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.finetune import evaluate, runs, scoring, train
 from diablo_theory.finetune.config import resolve
@@ -262,7 +263,8 @@ def test_nan_in_evaluation_names_the_problem_and_writes_no_scores(config, tmp_pa
     assert not list((tmp_path / "run").rglob("*.csv"))
 
 
-def test_two_processes_in_one_folder_are_kept_apart(config, tmp_path, board):
+def test_two_processes_in_one_folder_are_kept_apart(config, tmp_path, board, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     (tmp_path / "run").mkdir()
     with (
         filelock.FileLock(tmp_path / "run" / ".lock"),

@@ -6,7 +6,7 @@ import pytest
 from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.finetune import runs, sweep
 from diablo_theory.finetune.config import experiments_folder
-from diablo_theory.finetune.folder import run_folders, state
+from diablo_theory.finetune.folder import CONFIG, ERROR, METRICS, run_folders, state
 
 TINY = {
     "num_blocks": 6,
@@ -51,13 +51,17 @@ def test_runs_are_done_once_and_a_failing_one_stops_nothing(spec, tmp_path, boar
         return execute(config, folder, board)
 
     planned, out = sweep.planned(spec), tmp_path / "out"
-    (out / planned[1].name).mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "execute", sometimes)
         outcomes = sweep.run_all(planned, out, board)
     assert [outcome.state for outcome in outcomes] == ["failed", "failed", "finished", "finished"]
     assert outcomes[0].note == "it diverged"
-    assert "RuntimeError: out of memory" in (out / planned[1].name / sweep.TRACEBACK).read_text()
+    assert "RuntimeError: out of memory" in (out / planned[1].name / ERROR).read_text()
+    assert [state(out / run.name)["note"].splitlines()[0] for run in planned[:2]] == [
+        "it diverged",
+        "RuntimeError: out of memory",
+    ]
+    assert [state(folder)["state"] for folder in run_folders(out)] == ["finished"] * 2 + ["failed"] * 2
     assert [outcome.state for outcome in sweep.run_all(planned, out, board)] == [
         "finished",
         "finished",
@@ -65,6 +69,7 @@ def test_runs_are_done_once_and_a_failing_one_stops_nothing(spec, tmp_path, boar
         "before",
     ]
     assert [state(folder)["state"] for folder in run_folders(out)] == ["finished"] * 4
+    assert not list(out.rglob(ERROR))
 
 
 def test_a_folder_with_other_runs_is_told(spec, tmp_path, board):
@@ -72,6 +77,43 @@ def test_a_folder_with_other_runs_is_told(spec, tmp_path, board):
     (outcome,) = sweep.run_all(sweep.planned(spec, {"steps": 3})[:1], tmp_path / "out", board)
     assert outcome.state == "failed"
     assert "belongs to a run with steps=2, not 3" in outcome.note
+    assert not list((tmp_path / "out").rglob(ERROR))
+    (tmp_path / "out" / sweep.planned(spec)[0].name / METRICS).unlink()  # nor where it is not finished
+    (outcome,) = sweep.run_all(sweep.planned(spec, {"steps": 3})[:1], tmp_path / "out", board)
+    assert "belongs to a run with steps=2, not 3" in outcome.note
+    assert not list((tmp_path / "out").rglob(ERROR))
+
+
+def test_one_damaged_record_does_not_end_a_sweep(spec, tmp_path, board):
+    planned, out = sweep.planned(spec)[1:3], tmp_path / "out"
+    sweep.run_all(planned, out, board)
+    damaged = out / planned[0].name
+    (damaged / METRICS).write_text("{")
+    outcomes = sweep.run_all(planned, out, board)
+    assert [outcome.state for outcome in outcomes] == ["failed", "before"]
+    assert "metrics.json is truncated or damaged" in outcomes[0].note
+    assert "metrics.json is truncated or damaged" in state(damaged)["note"]
+    (damaged / METRICS).unlink()
+    assert [outcome.state for outcome in sweep.run_all(planned, out, board)] == ["finished", "before"]
+    assert state(damaged)["state"] == "finished"
+    assert not (damaged / ERROR).exists()
+
+
+def test_a_run_that_cannot_start_is_listed_with_its_reason(spec, tmp_path, board):
+    (run,) = sweep.planned(spec, {"num_blocks": 100})[2:3]
+    (outcome,) = sweep.run_all([run], tmp_path, board)
+    assert outcome.state == "failed"
+    assert run_folders(tmp_path) == [tmp_path / run.name]
+    found = state(tmp_path / run.name)
+    assert (found["state"], found["note"]) == ("failed", outcome.note)
+    assert "num_blocks" in found["note"]
+    assert not (tmp_path / run.name / CONFIG).exists()
+
+
+def test_who_looks_writes_nothing(tmp_path):
+    (tmp_path / CONFIG).write_text("{}")
+    assert state(tmp_path)["state"] == "stopped"
+    assert [file.name for file in tmp_path.iterdir()] == [CONFIG]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
