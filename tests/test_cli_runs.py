@@ -106,6 +106,8 @@ def test_a_sweep_with_a_failure_says_which_and_exits_with_1(shell, words):
         (["sweep", "empty"], "no run files in empty"),
         (["sweep", "words/lora.yaml", "--set", "stpes=3"], "unknown key 'stpes'. Did you mean 'steps'?"),
         (["sweep", "words/lora.yaml", "--vary", "seed"], "--vary must read KEY=A,B,..., got 'seed'"),
+        (["sweep", "words", "--cluster", "slurm"], "cluster 'slurm' needs timeout_min=MINUTES"),
+        (["sweep", "words", "--cluster", "pbs"], "'pbs' is not one of 'slurm', 'local'"),
         (["sweep", "all.yaml", "--small"], "a sweep file says itself"),
         (["train", "words/lora.yaml", "train_on=gsm9k"], "no task is called 'gsm9k'"),
     ],

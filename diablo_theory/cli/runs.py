@@ -126,11 +126,16 @@ def sweep(
     small: Small = False,
     out: Annotated[Path, typer.Option("--out", help="Holds a folder a run.")] = Path("results/sweep"),
     cluster: Annotated[
-        str, typer.Option(help="Hand the runs to `slurm`, or to processes of this machine (`local`), by submitit.")
-    ] = "",
+        Literal["slurm", "local"] | None,
+        typer.Option(help="Hand the runs to `slurm` by submitit, or one to a process in the background (`local`)."),
+    ] = None,
     cluster_options: Annotated[
         list[str] | None,
-        typer.Option("--cluster-option", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
+        typer.Option(
+            "--cluster-option",
+            metavar="KEY=VALUE",
+            help="timeout_min=600 (needed: minutes a job may take), slurm_partition=gpu, ...",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and list the runs.")] = False,
 ) -> None:
@@ -151,12 +156,15 @@ def sweep(
             say(f"{run.name}  {run.config.method} on {run.config.train_on}")
         say(f"{len(runs)} runs")
         return
-    if cluster:
-        outcomes = sweeps.submit(runs, out, cluster, parse_overrides(cluster_options or []))
+    if cluster is not None:
+        from diablo_theory.finetune.cluster import submit
+
+        outcomes = submit(runs, out, cluster, parse_overrides(cluster_options or []))
     else:
         outcomes = sweeps.run_all(runs, out, _board())
     counts = {
-        state: sum(o.state == state for o in outcomes) for state in ("finished", "before", "submitted", "failed")
+        state: sum(o.state == state for o in outcomes)
+        for state in ("finished", "before", "submitted", "queued", "running", "failed")
     }
     say(", ".join(f"{count} {state}" for state, count in counts.items() if count) + f"; in {out}")
     for outcome in outcomes:

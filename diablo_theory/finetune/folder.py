@@ -2,7 +2,8 @@
 
 Holds config.json, environment.json, checkpoints/ while it trains, log.csv, trainable.safetensors, adapter/ (peft's own
 layout, for adapters), quantised.csv (a row a layer, for a quantised base), predictions/TASK.csv, and when all is done
-metrics.json; failed.json after a divergence, error.txt after anything else that ended its last attempt in a sweep.
+metrics.json; failed.json after a divergence, error.txt after anything else that ended its last attempt in a sweep,
+job.json for its last job on a cluster.
 """
 
 from __future__ import annotations

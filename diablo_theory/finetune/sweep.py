@@ -1,4 +1,4 @@
-"""Many runs in order: what is done is skipped, what fails is noted, and a cluster may take them instead."""
+"""Many runs in order: what is done is skipped, what fails is noted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a sweep ended: ``finished`` now, ``before``, ``failed``, or ``submitted`` to a cluster."""
+    """How a run of a sweep ended: ``finished`` now, ``before``, or ``failed``.
+
+    On a cluster: ``submitted``, or with an earlier job still ``queued`` or ``running``.
+    """
 
     name: str
     state: str
@@ -179,45 +182,3 @@ def guarded(run: Planned, folder: Path, work: Callable[[], Outcome]) -> Outcome:
         with locked(folder):
             write_text(folder / ERROR, noted)
     return Outcome(run.name, "failed", told)
-
-
-def submit(runs: Sequence[Planned], out: Path, cluster: str, options: Mapping[str, Any]) -> list[Outcome]:
-    """Hand runs to a cluster, a job each, through submitit (extra ``cluster``).
-
-    A job that is killed or times out is submitted again by the same command, and goes on from its last checkpoint.
-
-    Args:
-        runs: From :func:`planned`; finished ones are left out.
-        out: As in :func:`run_all`, on a disk that the cluster shares.
-        cluster: ``slurm``, or ``local`` for processes on this machine.
-        options: submitit's parameters, such as ``slurm_partition``, ``timeout_min``, ``gpus_per_node``.
-
-    Raises:
-        ConfigError: If submitit is not installed, or refuses an option.
-    """
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError("a cluster needs submitit: pip install 'diablo-theory[cluster]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder=out / ".jobs", cluster=cluster)
-        executor.update_parameters(**options)
-    except (ValueError, TypeError, NameError, RuntimeError) as error:
-        raise ConfigError(f"cluster {cluster!r} with {dict(options)}: {error}") from error
-    outcomes = []
-    for run in runs:
-        if finished(out / run.name):
-            outcomes.append(Outcome(run.name, "before"))
-            continue
-        job = executor.submit(run_one, run.config.model_dump(mode="json"), str(out / run.name))
-        outcomes.append(Outcome(run.name, "submitted", f"job {job.job_id}"))
-    return outcomes
-
-
-def run_one(config: dict[str, Any], folder: str) -> None:
-    """A job of :func:`submit`: one run, with progress as plain lines in the job's log."""
-    from rich.console import Console
-
-    from diablo_theory.progress import Board as Lines
-
-    execute(RunConfig.model_validate(config), Path(folder), Lines(Console()))

@@ -1,6 +1,3 @@
-import sys
-import time
-
 import pytest
 
 from diablo_theory.errors import ConfigError, NonFiniteError
@@ -167,23 +164,3 @@ def test_every_sweep_file_plans():
     files = [file for file in experiments_folder().rglob("*.yaml") if file.parent.name == "sweeps"]
     for file in files:
         assert sweep.planned(sweep.read_sweep(file))
-
-
-def test_a_cluster_gets_a_job_a_run(spec, tmp_path):
-    """Processes of this machine stand for a cluster's."""
-    planned, out = sweep.planned(spec)[:2], tmp_path / "out"
-    outcomes = sweep.submit(planned, out, "local", {"timeout_min": 5})
-    assert [outcome.state for outcome in outcomes] == ["submitted"] * 2
-    end = time.monotonic() + 300
-    while any(state(out / run.name)["state"] != "finished" for run in planned) and time.monotonic() < end:
-        time.sleep(0.5)
-    assert [state(out / run.name)["state"] for run in planned] == ["finished"] * 2
-    assert [outcome.state for outcome in sweep.submit(planned, out, "local", {})] == ["before"] * 2
-    with pytest.raises(ConfigError, match=r"cluster 'local' with \{'gpu_count': 3\}"):
-        sweep.submit(planned, out, "local", {"gpu_count": 3})
-
-
-def test_without_submitit_the_message_says_what_to_install(spec, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ConfigError, match=r"pip install 'diablo-theory\[cluster\]'"):
-        sweep.submit(sweep.planned(spec), tmp_path, "slurm", {})
