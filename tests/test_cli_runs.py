@@ -108,6 +108,8 @@ def test_a_sweep_with_a_failure_says_which_and_exits_with_1(shell, words):
         (["sweep", "words/lora.yaml", "--vary", "seed"], "--vary must read KEY=A,B,..., got 'seed'"),
         (["sweep", "words", "--cluster", "slurm"], "cluster 'slurm' needs timeout_min=MINUTES"),
         (["sweep", "words", "--cluster", "pbs"], "'pbs' is not one of 'slurm', 'local'"),
+        (["sweep", "all.yaml", "words"], "one sweep file at a time, and nothing beside it: all.yaml is one of the 3"),
+        (["sweep", "sweeps"], "one sweep file at a time, and nothing beside it: sweeps/a.yaml is one of the 2 files"),
         (["sweep", "all.yaml", "--small"], "a sweep file says itself"),
         (["train", "words/lora.yaml", "train_on=gsm9k"], "no task is called 'gsm9k'"),
     ],
@@ -116,7 +118,9 @@ def test_mistakes_are_one_message(shell, tmp_path, words, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "config.json").write_text(resolve().model_dump_json())
-    (tmp_path / "all.yaml").write_text("parts:\n  - files: [words/lora.yaml]\n")
+    (tmp_path / "sweeps").mkdir()
+    for name in ("all.yaml", "sweeps/a.yaml", "sweeps/b.yaml"):
+        (tmp_path / name).write_text("parts:\n  - files: [words/lora.yaml]\n")
     status, _, err = shell(*arguments)
     assert status in (1, 2)
     assert message in " ".join(err.replace("│", " ").split())

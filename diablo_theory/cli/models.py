@@ -52,7 +52,12 @@ def reproduce(
 
 @app.command()
 def tune(
-    task: Annotated[str, typer.Argument(help="word_problems or docstrings.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A task with run files in experiments/TASK, such as word_problems; any other name lists them."
+        ),
+    ],
     overrides: Overrides = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "full,lora,diablo",
     grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard seven.")] = "",
@@ -74,7 +79,7 @@ def tune(
     from diablo_theory.reporting.report import learning_rate_table
 
     if task not in TASKS:
-        raise ConfigError(f"unknown task {task!r}.{nearest(task, TASKS)}")
+        raise ConfigError(f"unknown task {task!r}.{nearest(task, tuning.tunable())}")
     known = [name for name in GRADIENT_GROUPS if name != "none"]
     chosen = [name for name in known if name in methods.split(",")]
     if unknown := [name for name in methods.split(",") if name not in known]:
@@ -95,9 +100,9 @@ _RECORDING = ("model", "task", "items", "modules", "depths", "device")
 def diagnose(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Known name, local folder or hub id.")] = "SmolLM2-135M-Instruct",
-    task: Annotated[str, typer.Option(help="word_problems or docstrings: the text, and the loss on its answers.")] = (
-        "docstrings"
-    ),
+    task: Annotated[
+        str, typer.Option(help="Any task with training examples: the text, and the loss on its answers.")
+    ] = ("docstrings"),
     items: Annotated[int, typer.Option(min=1, help="Training examples to look at.")] = 64,
     blocks: Annotated[int, typer.Option(min=1, help="Number of blocks N.")] = 64,
     modules: Annotated[str, typer.Option(help="Comma-separated last parts of layer names.")] = (

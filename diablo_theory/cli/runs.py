@@ -181,7 +181,12 @@ def _sweep(files: list[Path], vary: list[str], small: bool) -> Any:
     found = [inner for file in files for inner in (sorted(file.glob("*.yaml")) if file.is_dir() else [file])]
     if not found:
         raise ConfigError(f"no run files in {', '.join(map(str, files))}")
-    if len(found) == 1 and sweeps.is_sweep(found[0]):
+    several = [file for file in found if file.is_file() and sweeps.is_sweep(file)]
+    if several and len(found) > 1:
+        raise ConfigError(
+            f"one sweep file at a time, and nothing beside it: {several[0]} is one of the {len(found)} files here"
+        )
+    if several:
         if vary or small:
             raise typer.BadParameter("a sweep file says itself what varies and at which scale")
         return sweeps.read_sweep(found[0])

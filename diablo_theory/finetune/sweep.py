@@ -127,7 +127,8 @@ def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]
 
 
 def _found(file: Path) -> Path:
-    return file if file.is_file() else experiments_folder() / file
+    inside = experiments_folder() / file
+    return inside if inside.is_file() and not file.is_file() else file
 
 
 def run_all(runs: Sequence[Planned], out: Path, board: SweepBoard) -> list[Outcome]:
