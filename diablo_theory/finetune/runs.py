@@ -92,7 +92,7 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         # A start that looks at data has to look at the same again.
         looks = config.method in methods.FAMILIES and bool(methods.FAMILIES[config.method].start)
         problems = read_problems(config, train=looks)
-        setup = trained_model(config, folder, board, load, problems.train)
+        setup = trained_model(config, folder, board, load, problems.train, metrics["steps"])
         metrics["scores"] |= score_tasks(config, folder, board, setup, problems)
         metrics["data"] |= {name: value for name, value in problems.digests().items() if name != "train"}
         metrics["conditions"] |= problems.conditions

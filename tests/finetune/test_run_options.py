@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from diablo_theory import methods
 from diablo_theory.errors import ConfigError, ResultsError
 from diablo_theory.finetune import bases, runs, scoring, train
 from diablo_theory.finetune.config import resolve
@@ -30,6 +33,8 @@ SMALL = {
     "learning_rate": 1e-2,
     "device": "cpu",
 }
+#: Methods whose extra is not installed.
+NOT_HERE = () if find_spec("galore_torch") else ("galore",)
 
 
 @pytest.fixture
@@ -113,6 +118,18 @@ def test_scores_can_be_added_later_and_are_those_of_the_run(do, yes_or_no, board
     metrics = runs.add_scores(folder, ["even"], board)
     assert metrics["scores"] == together["scores"]
     assert json.loads((folder / "metrics.json").read_text())["scores"] == together["scores"]
+
+
+@pytest.mark.parametrize("method", [name for name in get_args(methods.Method) if name not in NOT_HERE])
+def test_scores_are_added_to_a_run_of_any_method(do, board, method):
+    """Made once more from the weights, they are those that the run has made itself."""
+    before, folder = do("run", method=method, steps=3, eval_items=2)
+    predictions = folder / "predictions" / "word_problems.csv"
+    answers = predictions.read_bytes()
+    predictions.unlink()
+    after = runs.add_scores(folder, ["word_problems"], board)
+    assert after == before
+    assert predictions.read_bytes() == answers
 
 
 def test_scores_of_what_was_never_trained_are_refused(do, tmp_path, board):
