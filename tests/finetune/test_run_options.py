@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from diablo_theory import methods
 from diablo_theory.errors import ConfigError, ResultsError
@@ -211,6 +211,29 @@ def test_a_run_says_how_far_it_is(do, tmp_path, monkeypatch):
 def test_keys_that_do_not_fit_together(changes, message):
     with pytest.raises(ConfigError, match=message):
         resolve(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({"steps": 5}, 5), ({"steps": None, "epochs": 2}, 5), ({"steps": None, "epochs": 1}, 3)]
+)
+def test_a_warm_up_as_long_as_the_training_is_refused(do, yes_or_no, changes, steps):
+    """Known from the configuration, or once the epochs' examples are counted."""
+    even = {"train_on": "even", "evaluate_on": ["even"], **changes}
+    with pytest.raises(ConfigError, match=f"warmup_steps {steps} must be below the {steps} steps of the run"):
+        do("long", warmup_steps=steps, **even)
+    assert do("share", warmup_steps=0.5, **even)[0]["steps"] == steps
+    assert do("one-less", warmup_steps=steps - 1, **even)[0]["steps"] == steps
+
+
+def test_what_is_not_trained_has_no_warm_up():
+    assert resolve({"method": "none", "steps": 1}).warmup_steps == 5
+
+
+def test_several_gpus_in_one_process_are_refused(do, monkeypatch):
+    """Trainer would give each of them a batch."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConfigError, match="one process sees 2 GPUs and a run takes one: set CUDA_VISIBLE_DEVICES=0"):
+        do("two")
 
 
 @pytest.mark.parametrize("method", ["adalora", "corda", "eva", "lora-fa", "miss", "random-entries", "s2ft-rows"])
