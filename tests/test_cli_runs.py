@@ -48,6 +48,14 @@ def test_train_then_look_then_score_on_more(shell, tmp_path, words):
     assert "Did you mean 'docstrings'?" in err
 
 
+def test_scores_that_are_not_of_the_test_split_say_so(shell, words):
+    out = shell("train", "words/lora.yaml", *RUN, "eval_split=validation")[1]
+    assert "word_problems (n=4, validation): exact" in out
+    for command in ("evaluate", "show"):
+        assert "word_problems (n=4, validation): exact" in shell(command, "results/runs/words/lora")[1]
+    assert "(n=4, validation)" in " ".join(shell("status", "results")[1].split())
+
+
 def test_small_scale_puts_its_file_between(shell, tmp_path, words, tiny_model):
     file = words / "big.yaml"
     file.write_text("method: lora\nmodel: meta/huge\nepochs: 3\nrank: 32\nscale: full\n")

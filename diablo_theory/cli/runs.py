@@ -48,7 +48,7 @@ def train(
     name = run_file.stem + ("-small" if small else "")
     folder = out or Path("results") / "runs" / config.suite / name
     require_folder(out)
-    _tell(execute(config, folder, _board()), folder)
+    _tell(execute(config, folder, _board()), folder, config.eval_split)
 
 
 @app.command()
@@ -101,13 +101,14 @@ def evaluate(
     Example: `diablo-theory evaluate results/runs/commonsense/diablo --tasks boolq,arc_easy`
     """
     from diablo_theory.files import read_json
-    from diablo_theory.finetune.folder import CONFIG
+    from diablo_theory.finetune.folder import CONFIG, state
     from diablo_theory.finetune.runs import add_scores
 
     names = tasks.split(",") if tasks else []
     if not names and (run / CONFIG).is_file():
         names = list(read_json(run / CONFIG)["evaluate_on"])
-    _tell(add_scores(run, names, _board()), run)
+    metrics = add_scores(run, names, _board())
+    _tell(metrics, run, state(run)["split"])
 
 
 @app.command()
@@ -141,7 +142,8 @@ def sweep(
 ) -> None:
     """Do many runs in order; finished ones are skipped, and a failing one does not stop the others.
 
-    Everything is checked before the first run starts. Exits with 1 when a run has failed.
+    Files, keys and values are checked before the first run starts, data and models when theirs does. Exits with 1 when
+    a run has failed.
 
     Example: `diablo-theory sweep experiments/word_problems --vary seed=0,1,2 --out results/words`
     """
@@ -229,7 +231,7 @@ def status(
         found = state(folder)
         metrics = found["metrics"]
         minutes = f"{metrics['train_seconds'] / 60:.1f}" if metrics and metrics["train_seconds"] else ""
-        scores = _scores(metrics) if metrics else str(found["note"]).split("\n")[0][:80]
+        scores = _scores(metrics, found["split"]) if metrics else str(found["note"]).split("\n")[0][:80]
         table.add_row(str(folder.relative_to(root)), found["state"], _steps(found), scores, minutes)
     console.print(table)
 
@@ -268,7 +270,7 @@ def show(
     different = {key: value for key, value in read_json(run / CONFIG).items() if defaults.get(key) != value}
     say("  " + ", ".join(f"{key}={value}" for key, value in different.items()))
     if found["metrics"]:
-        say("  " + _scores(found["metrics"]))
+        say("  " + _scores(found["metrics"], found["split"]))
     files = {file.stem: file for file in sorted((run / PREDICTIONS).glob("*.csv"))}
     if task and task not in files:
         raise ConfigError(f"{run} has no predictions on {task!r}.{nearest(task, files)}")
@@ -302,21 +304,22 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(metrics: dict[str, Any], folder: Path) -> None:
+def _tell(metrics: dict[str, Any], folder: Path, split: str) -> None:
     if _is_first():
         say(
             f"{metrics['label']}, {metrics['trainable_params']:,} trainable parameters "
-            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics)}. In {folder}"
+            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics, split)}. In {folder}"
         )
 
 
-def _scores(metrics: dict[str, Any]) -> str:
-    """``word_problems: exact 53.0%, ...`` for every task."""
+def _scores(metrics: dict[str, Any], split: str) -> str:
+    """``word_problems (n=300): exact 53.0%, ...`` for every task, with the split unless it is the test's."""
+    where = "" if split in ("", "test") else f", {split}"
     lines = []
     for task, found in metrics["scores"].items():
         shares = [f"{name} {100 * value:.1f}%" for name, value in found.items() if _is_share(name)]
         shares.append(f"{found['loss_per_token']:.4f} nats/token")
-        lines.append(f"{task} (n={found['n']}): {', '.join(shares)}")
+        lines.append(f"{task} (n={found['n']}{where}): {', '.join(shares)}")
     return "; ".join(lines)
 
 

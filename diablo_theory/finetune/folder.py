@@ -76,12 +76,15 @@ def state(folder: Path) -> dict[str, Any]:
 
     Returns:
         state (finished, failed, running, stopped), step and steps (done and planned; None where not known), metrics
-        (None unless finished), note (the error of a failed run, or what is damaged; its first line says most).
+        (None unless finished), split (that it is scored on; "" where not known), note (the error of a failed run, or
+        what is damaged; its first line says most).
     """
+    known = {"step": None, "steps": None, "metrics": None, "split": "", "note": ""}
     try:
-        return {"metrics": None, "note": ""} | _state(folder)
+        split = read_json(folder / CONFIG).get("eval_split", "") if (folder / CONFIG).is_file() else ""
+        return known | {"split": split} | _state(folder)
     except ResultsError as error:
-        return {"state": "failed", "step": None, "steps": None, "metrics": None, "note": str(error)}
+        return known | {"state": "failed", "note": str(error)}
 
 
 def _state(folder: Path) -> dict[str, Any]:
