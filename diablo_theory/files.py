@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: How the names of files and folders begin that are not whole yet.
 PARTIAL = ".partial-"
+#: The file whose lock holds a folder, and seconds to wait for it: who only asks has it for a moment.
+LOCK, PATIENCE = ".lock", 2.0
 
 
 def cache_folder() -> Path:
@@ -35,18 +37,33 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process while the block lasts; it is made if need be.
 
     Raises:
-        ResultsError: If another process holds it.
+        ResultsError: If another process holds it, and goes on doing so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
         raise ResultsError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder; nothing is written where none ever did."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except PermissionError:  # somebody else's folder, to be read and no more: their lock cannot be tried
+        return False
+    lock.release()
+    return False
 
 
 def remove_partial(folder: Path) -> None:

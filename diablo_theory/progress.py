@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def clock(seconds: float) -> str:
@@ -36,8 +37,8 @@ class Board:
         left = sum(self._expected.values())
         if self._planned > 0.1 * (self._planned + left):  # a few short stages say nothing about the machine's speed
             left *= self._spent / self._planned
-        note = f" [dim](about {clock(left)} left in all)[/dim]" if name in self._expected else ""
-        self._console.print(f"[bold]{name}[/bold]{note}")
+        note = f" (about {clock(left)} left in all)" if name in self._expected else ""
+        self._print((name, "bold"), (note, "dim"))
         started = time.monotonic()
         yield
         if planned := self._expected.pop(name, 0.0):
@@ -47,14 +48,18 @@ class Board:
     def skip(self, name: str) -> None:
         """A stage that an earlier attempt finished."""
         self._expected.pop(name, None)
-        self._console.print(f"[bold]{name}[/bold] [dim](finished before)[/dim]")
+        self._print((name, "bold"), (" (finished before)", "dim"))
+
+    def _print(self, *parts: tuple[str, str]) -> None:
+        # Names and texts may hold brackets, which are no markup.
+        self._console.print(Text.assemble(*parts))
 
     @contextmanager
     def piece(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar of ``total`` units; yields what to call with each number of finished units."""
         started = time.monotonic()
         bar = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -67,4 +72,4 @@ class Board:
         with bar:
             task = bar.add_task(text, total=total)
             yield lambda units: bar.advance(task, units)
-        self._console.print(f"  {text} [dim]{clock(time.monotonic() - started)}[/dim]")
+        self._print((f"  {text} ", ""), (clock(time.monotonic() - started), "dim"))

@@ -12,14 +12,20 @@ from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.files import read_json, write_with
 from diablo_theory.finetune import runs
 from diablo_theory.finetune.config import experiments_folder, read_run_file, resolve
-from diablo_theory.finetune.folder import PREDICTIONS
+from diablo_theory.finetune.folder import FAILED, PREDICTIONS
 from diablo_theory.finetune.scoring import read_predictions
+from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.methods import Method
 from diablo_theory.progress import Board
 from diablo_theory.reporting.intervals import score
 
 #: A factor of about three between neighbours, wide enough that no method's best is at an edge.
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def tunable() -> list[str]:
+    """Tasks that have run files, a method each."""
+    return sorted(name for name in TASKS if any((experiments_folder() / name).glob("*.yaml")))
 
 
 def tune(
@@ -30,7 +36,7 @@ def tune(
     Finished runs in ``out/tuning`` are not done again. A rate at which training diverges gets an infinite loss.
 
     Args:
-        task: As in run files.
+        task: One of :func:`tunable`.
         methods: Methods to tune, all over the same grid.
         grid: Learning rates.
         overrides: Keys of a run, the same for all.
@@ -42,9 +48,13 @@ def tune(
         95% interval, exact (share of validation problems), chosen.
 
     Raises:
-        ConfigError: If an override is one of the keys that the search sets.
-        NonFiniteError: If a method diverges at every rate.
+        ConfigError: If the task has no run files, or an override is one of the keys that the search sets.
+        NonFiniteError: If a method diverges at every rate, or a model cannot be made ready for it.
     """
+    if task not in tunable():
+        raise ConfigError(
+            f"no run files for task {task!r} in experiments/{task}; there are for {', '.join(tunable())}"
+        )
     if owned := [
         key
         for key in overrides
@@ -82,7 +92,9 @@ def _row(
         try:
             metrics = runs.execute(config, folder, board)
         except NonFiniteError:
-            label = read_json(folder / "failed.json")["label"]
+            if not (folder / FAILED).is_file():  # it never trained: no rate would do better
+                raise
+            label = read_json(folder / FAILED)["label"]
             infinite = dict.fromkeys(("valid_loss", "loss_low", "loss_high"), float("inf"))
             return row | {"label": label, "n": 0, "exact": 0.0} | infinite
     items = read_predictions(folder / PREDICTIONS / f"{task}.csv").assign(seed=config.seed)

@@ -1,11 +1,18 @@
 """The commands on runs, as a user types them."""
 
+import io
 import json
+import re
+import sys
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
+from diablo_theory.cli import common
 from diablo_theory.finetune.config import resolve
 from diablo_theory.finetune.folder import METRICS
+from diablo_theory.progress import Board
 
 RUN = ["num_blocks=6", "steps=2", "batch_size=2", "warmup_steps=1", "eval_items=4", "device=cpu", "save_every=1"]
 
@@ -39,6 +46,14 @@ def test_train_then_look_then_score_on_more(shell, tmp_path, words):
     status, _, err = shell("show", folder, "--task", "docstring")
     assert status == 1
     assert "Did you mean 'docstrings'?" in err
+
+
+def test_scores_that_are_not_of_the_test_split_say_so(shell, words):
+    out = shell("train", "words/lora.yaml", *RUN, "eval_split=validation")[1]
+    assert "word_problems (n=4, validation): exact" in out
+    for command in ("evaluate", "show"):
+        assert "word_problems (n=4, validation): exact" in shell(command, "results/runs/words/lora")[1]
+    assert "(n=4, validation)" in " ".join(shell("status", "results")[1].split())
 
 
 def test_small_scale_puts_its_file_between(shell, tmp_path, words, tiny_model):
@@ -81,6 +96,11 @@ def test_a_sweep_with_a_failure_says_which_and_exits_with_1(shell, words):
     assert status == 1
     assert "1 finished, 1 failed" in out
     assert "failed: words/lora: model 'no-such-model' is neither" in out
+    _, out, _ = shell("status", "results")
+    assert re.search(r"words/lora +failed +0/\? +model 'no-such-model' is", out)
+    status, out, _ = shell("show", "results/sweep/words/lora")
+    assert status == 0
+    assert "failed, step 0/? model 'no-such-model' is neither" in out
 
 
 @pytest.mark.parametrize(
@@ -94,6 +114,10 @@ def test_a_sweep_with_a_failure_says_which_and_exits_with_1(shell, words):
         (["sweep", "empty"], "no run files in empty"),
         (["sweep", "words/lora.yaml", "--set", "stpes=3"], "unknown key 'stpes'. Did you mean 'steps'?"),
         (["sweep", "words/lora.yaml", "--vary", "seed"], "--vary must read KEY=A,B,..., got 'seed'"),
+        (["sweep", "words", "--cluster", "slurm"], "cluster 'slurm' needs timeout_min=MINUTES"),
+        (["sweep", "words", "--cluster", "pbs"], "'pbs' is not one of 'slurm', 'local'"),
+        (["sweep", "all.yaml", "words"], "one sweep file at a time, and nothing beside it: all.yaml is one of the 3"),
+        (["sweep", "sweeps"], "one sweep file at a time, and nothing beside it: sweeps/a.yaml is one of the 2 files"),
         (["sweep", "all.yaml", "--small"], "a sweep file says itself"),
         (["train", "words/lora.yaml", "train_on=gsm9k"], "no task is called 'gsm9k'"),
     ],
@@ -102,8 +126,48 @@ def test_mistakes_are_one_message(shell, tmp_path, words, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "config.json").write_text(resolve().model_dump_json())
-    (tmp_path / "all.yaml").write_text("parts:\n  - files: [words/lora.yaml]\n")
+    (tmp_path / "sweeps").mkdir()
+    for name in ("all.yaml", "sweeps/a.yaml", "sweeps/b.yaml"):
+        (tmp_path / name).write_text("parts:\n  - files: [words/lora.yaml]\n")
     status, _, err = shell(*arguments)
     assert status in (1, 2)
     assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
+
+
+def test_brackets_are_printed_as_they_are(shell, words, monkeypatch):
+    """Paths, model names and messages may look like rich's markup, even like markup that is wrong."""
+    settings = [part for pair in RUN for part in ("--set", pair)]
+    (words / "lora.yaml").write_text("method: lora\nmodel: 'no[such]/[/tmp/x] :smile:'\n")
+    status, out, _ = shell("sweep", "words", *settings, "--out", "[red]out[/]")
+    assert status == 1
+    assert "1 finished, 1 failed; in [red]out[/]" in out
+    assert "failed: words/lora: model 'no[such]/[/tmp/x] :smile:' is neither" in out
+    status, out, _ = shell("status", ".")
+    assert "[red]out[/]/words/diablo" in out
+    status, out, _ = shell("show", "[red]out[/]/words/diablo")
+    assert "[red]out[/]/words/diablo: finished" in out
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    status, _, err = shell("sweep", "words", *settings, "--cluster", "slurm")
+    assert "error: a cluster needs submitit: pip install 'diablo-theory[cluster]'" in err
+
+
+def test_progress_shows_brackets_as_they_are():
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200, _environ={})
+        board = Board(console, {"a [/b] :smile:": 1.0})
+        with board.stage("a [/b] :smile:"), board.piece("load [/tmp/x] :smile:", 2) as advance:
+            advance(2)
+        board.skip("[bold]c[/]")
+        shown = Text.from_ansi(console.file.getvalue()).plain
+        assert "a [/b] :smile: (about 0:01 left in all)" in shown
+        assert "load [/tmp/x] :smile: 0:00" in shown
+        assert "[bold]c[/] (finished before)" in shown
+
+
+def test_a_spinner_shows_brackets_as_they_are(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={})
+    monkeypatch.setattr(common, "console", console)
+    with common.working("load [/tmp/x]"):
+        pass
+    assert "load [/tmp/x]" in Text.from_ansi(console.file.getvalue()).plain

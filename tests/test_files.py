@@ -2,8 +2,10 @@ import json
 import math
 import os
 import stat
+import threading
 from pathlib import Path
 
+import filelock
 import pytest
 
 from diablo_theory import files
@@ -111,11 +113,37 @@ def test_write_with_passes_a_path_of_the_same_suffix(tmp_path):
     assert path.read_bytes() == b".npz"
 
 
-def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+def test_a_folder_is_held_by_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
     folder = tmp_path / "new" / "results"
     for _ in range(2):  # free again after the first
         with files.locked(folder), pytest.raises(ResultsError, match=f"another process is at work in {folder}"):
             files.locked(folder).__enter__()
+
+
+def test_who_asks_whether_a_folder_is_held_does_not_keep_it_from_others(tmp_path):
+    asking = filelock.FileLock(tmp_path / files.LOCK, thread_local=False)
+    asking.acquire()
+    threading.Timer(0.2, asking.release).start()
+    with files.locked(tmp_path):
+        assert not asking.is_locked
+        assert files.is_held(tmp_path)
+    assert not files.is_held(tmp_path)
+
+
+def test_asking_whether_a_folder_is_held_writes_nothing_there(tmp_path):
+    assert not files.is_held(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_may_not_be_tried_is_no_reason_to_fail(tmp_path, monkeypatch):
+    (tmp_path / files.LOCK).touch()
+
+    def refuse(self, timeout):
+        raise PermissionError
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    assert not files.is_held(tmp_path)
 
 
 @pytest.mark.parametrize(

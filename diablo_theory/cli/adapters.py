@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diablo_theory.cli.common import app, console, options_checked, wrote
+from diablo_theory.cli.common import app, console, options_checked, working, wrote
 from diablo_theory.errors import ConfigError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -58,9 +58,9 @@ def convert(
     with options_checked():
         named = _named_base(source)
     model = model or named or DEFAULT_MODEL
-    with console.status(loading(model)):
+    with working(loading(model)):
         base = load_network(model)
-    with console.status("converting"), options_checked():
+    with working("converting"), options_checked():
         try:
             adapted = _read(base, source)
         except RuntimeError as error:  # torch's list of parameters, one for each layer

@@ -11,6 +11,8 @@ from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from diablo_theory import __version__
 from diablo_theory.errors import ConfigError, DiabloTheoryError
@@ -32,7 +34,8 @@ app = typer.Typer(
         "Start with `diablo-theory reproduce --quick` (3 minutes on two CPU cores) and open the report it names."
     ),
 )
-console = Console()
+#: What is printed holds paths, error messages and model output: nothing of it is markup or an emoji's name.
+console = Console(markup=False, emoji=False)
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
@@ -77,10 +80,20 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Numb
         raise ConfigError(f"{option} must be comma-separated {what}, got {text!r}") from None
 
 
+def say(*parts: str | tuple[str, str]) -> None:
+    """Print a line as it is; a part may be a pair of text and style."""
+    console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def working(text: str) -> Status:
+    """A spinner while the block lasts, beside a text as it is."""
+    return console.status(Text(text))
+
+
 def wrote(paths: list[Path]) -> None:
     """Say which files were written."""
     for path in paths:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        say(f"wrote {path}")
 
 
 def main() -> None:
@@ -107,5 +120,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
     sys.exit(code)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diablo_theory.cli.common import Overrides, app, console, options_checked, require_folder, wrote
+from diablo_theory.cli.common import Overrides, app, console, options_checked, require_folder, say, working, wrote
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an unfinished one is continued.")]
 
@@ -45,14 +45,19 @@ def reproduce(
     page = reproduction.run(lambda expected: Board(console, expected))
     passed = _show(out, page)
     for failure in reproduction.failures:
-        console.print(f"[bold red]failed:[/bold red] {failure}", highlight=False)
+        say(("failed:", "bold red"), f" {failure}")
     if reproduction.failures or not passed:
         raise typer.Exit(1)
 
 
 @app.command()
 def tune(
-    task: Annotated[str, typer.Argument(help="word_problems or docstrings.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A task with run files in experiments/TASK, such as word_problems; any other name lists them."
+        ),
+    ],
     overrides: Overrides = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "full,lora,diablo",
     grid: Annotated[str, typer.Option(help="Comma-separated learning rates; empty for the standard seven.")] = "",
@@ -74,7 +79,7 @@ def tune(
     from diablo_theory.reporting.report import learning_rate_table
 
     if task not in TASKS:
-        raise ConfigError(f"unknown task {task!r}.{nearest(task, TASKS)}")
+        raise ConfigError(f"unknown task {task!r}.{nearest(task, tuning.tunable())}")
     known = [name for name in GRADIENT_GROUPS if name != "none"]
     chosen = [name for name in known if name in methods.split(",")]
     if unknown := [name for name in methods.split(",") if name not in known]:
@@ -95,9 +100,9 @@ _RECORDING = ("model", "task", "items", "modules", "depths", "device")
 def diagnose(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Known name, local folder or hub id.")] = "SmolLM2-135M-Instruct",
-    task: Annotated[str, typer.Option(help="word_problems or docstrings: the text, and the loss on its answers.")] = (
-        "docstrings"
-    ),
+    task: Annotated[
+        str, typer.Option(help="Any task with training examples: the text, and the loss on its answers.")
+    ] = ("docstrings"),
     items: Annotated[int, typer.Option(min=1, help="Training examples to look at.")] = 64,
     blocks: Annotated[int, typer.Option(min=1, help="Number of blocks N.")] = 64,
     modules: Annotated[str, typer.Option(help="Comma-separated last parts of layer names.")] = (
@@ -210,7 +215,7 @@ def report(out: Out = Path("results/default")) -> None:
     """
     from diablo_theory.reporting.report import write_report
 
-    with console.status("drawing figures"):
+    with working("drawing figures"):
         page = write_report(out)
     if not _show(out, page):
         raise typer.Exit(1)
@@ -224,5 +229,5 @@ def _show(out: Path, page: Path) -> bool:
     data = collect(out)
     console.print()
     console.print(summary(data))
-    console.print(f"\nReport: [bold]{page}[/bold]", highlight=False, soft_wrap=True)
+    say("\nReport: ", (str(page), "bold"))
     return data.verdicts.empty or bool(data.verdicts["passed"].all())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from diablo_theory.cli.common import Overrides, app, console, require_folder
+from diablo_theory.cli.common import Overrides, app, console, require_folder, say
 
 if TYPE_CHECKING:
     from diablo_theory.progress import Board
@@ -48,7 +48,7 @@ def train(
     name = run_file.stem + ("-small" if small else "")
     folder = out or Path("results") / "runs" / config.suite / name
     require_folder(out)
-    _tell(execute(config, folder, _board()), folder)
+    _tell(execute(config, folder, _board()), folder, config.eval_split)
 
 
 @app.command()
@@ -101,13 +101,14 @@ def evaluate(
     Example: `diablo-theory evaluate results/runs/commonsense/diablo --tasks boolq,arc_easy`
     """
     from diablo_theory.files import read_json
-    from diablo_theory.finetune.folder import CONFIG
+    from diablo_theory.finetune.folder import CONFIG, state
     from diablo_theory.finetune.runs import add_scores
 
     names = tasks.split(",") if tasks else []
     if not names and (run / CONFIG).is_file():
         names = list(read_json(run / CONFIG)["evaluate_on"])
-    _tell(add_scores(run, names, _board()), run)
+    metrics = add_scores(run, names, _board())
+    _tell(metrics, run, state(run)["split"])
 
 
 @app.command()
@@ -126,17 +127,23 @@ def sweep(
     small: Small = False,
     out: Annotated[Path, typer.Option("--out", help="Holds a folder a run.")] = Path("results/sweep"),
     cluster: Annotated[
-        str, typer.Option(help="Hand the runs to `slurm`, or to processes of this machine (`local`), by submitit.")
-    ] = "",
+        Literal["slurm", "local"] | None,
+        typer.Option(help="Hand the runs to `slurm` by submitit, or one to a process in the background (`local`)."),
+    ] = None,
     cluster_options: Annotated[
         list[str] | None,
-        typer.Option("--cluster-option", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
+        typer.Option(
+            "--cluster-option",
+            metavar="KEY=VALUE",
+            help="timeout_min=600 (needed: minutes a job may take), slurm_partition=gpu, ...",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and list the runs.")] = False,
 ) -> None:
     """Do many runs in order; finished ones are skipped, and a failing one does not stop the others.
 
-    Everything is checked before the first run starts. Exits with 1 when a run has failed.
+    Files, keys and values are checked before the first run starts, data and models when theirs does. Exits with 1 when
+    a run has failed.
 
     Example: `diablo-theory sweep experiments/word_problems --vary seed=0,1,2 --out results/words`
     """
@@ -148,20 +155,23 @@ def sweep(
     runs = sweeps.planned(chosen, overrides)
     if dry_run:
         for run in runs:
-            console.print(f"{run.name}  {run.config.method} on {run.config.train_on}", highlight=False)
-        console.print(f"{len(runs)} runs")
+            say(f"{run.name}  {run.config.method} on {run.config.train_on}")
+        say(f"{len(runs)} runs")
         return
-    if cluster:
-        outcomes = sweeps.submit(runs, out, cluster, parse_overrides(cluster_options or []))
+    if cluster is not None:
+        from diablo_theory.finetune.cluster import submit
+
+        outcomes = submit(runs, out, cluster, parse_overrides(cluster_options or []))
     else:
         outcomes = sweeps.run_all(runs, out, _board())
     counts = {
-        state: sum(o.state == state for o in outcomes) for state in ("finished", "before", "submitted", "failed")
+        state: sum(o.state == state for o in outcomes)
+        for state in ("finished", "before", "submitted", "queued", "running", "failed")
     }
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count) + f"; in {out}")
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count) + f"; in {out}")
     for outcome in outcomes:
         if outcome.state == "failed":
-            console.print(f"[bold red]failed:[/bold red] {outcome.name}: {outcome.note}", highlight=False)
+            say(("failed:", "bold red"), f" {outcome.name}: {outcome.note}")
     if counts["failed"]:
         raise typer.Exit(1)
 
@@ -173,7 +183,12 @@ def _sweep(files: list[Path], vary: list[str], small: bool) -> Any:
     found = [inner for file in files for inner in (sorted(file.glob("*.yaml")) if file.is_dir() else [file])]
     if not found:
         raise ConfigError(f"no run files in {', '.join(map(str, files))}")
-    if len(found) == 1 and sweeps.is_sweep(found[0]):
+    several = [file for file in found if file.is_file() and sweeps.is_sweep(file)]
+    if several and len(found) > 1:
+        raise ConfigError(
+            f"one sweep file at a time, and nothing beside it: {several[0]} is one of the {len(found)} files here"
+        )
+    if several:
         if vary or small:
             raise typer.BadParameter("a sweep file says itself what varies and at which scale")
         return sweeps.read_sweep(found[0])
@@ -216,10 +231,14 @@ def status(
         found = state(folder)
         metrics = found["metrics"]
         minutes = f"{metrics['train_seconds'] / 60:.1f}" if metrics and metrics["train_seconds"] else ""
-        progress = f"{found['step']}/{found['steps'] if found['steps'] is not None else '?'}"
-        scores = _scores(metrics) if metrics else str(found["note"]).split("\n")[0][:80]
-        table.add_row(str(folder.relative_to(root)), found["state"], progress, scores, minutes)
+        scores = _scores(metrics, found["split"]) if metrics else str(found["note"]).split("\n")[0][:80]
+        table.add_row(str(folder.relative_to(root)), found["state"], _steps(found), scores, minutes)
     console.print(table)
+
+
+def _steps(found: dict[str, Any]) -> str:
+    """``3/60``, with a question mark for what is not known."""
+    return "/".join("?" if found[key] is None else str(found[key]) for key in ("step", "steps"))
 
 
 @app.command()
@@ -238,18 +257,20 @@ def show(
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import read_json
     from diablo_theory.finetune.config import experiments_folder, read_yaml
-    from diablo_theory.finetune.folder import CONFIG, PREDICTIONS, state
+    from diablo_theory.finetune.folder import CONFIG, ERROR, PREDICTIONS, state
     from diablo_theory.finetune.scoring import read_predictions
 
-    if not (run / CONFIG).is_file():
+    if not (run / CONFIG).is_file() and not (run / ERROR).is_file():
         raise ResultsError(f"{run} holds no run: there is no {CONFIG}")
     found = state(run)
-    console.print(f"[bold]{run}[/bold]: {found['state']}, step {found['step']}/{found['steps']} {found['note']}")
+    say((str(run), "bold"), f": {found['state']}, step {_steps(found)} {found['note']}".rstrip())
+    if not (run / CONFIG).is_file():  # it failed before it could start
+        return
     defaults = read_yaml(experiments_folder() / "defaults.yaml")
     different = {key: value for key, value in read_json(run / CONFIG).items() if defaults.get(key) != value}
-    console.print("  " + ", ".join(f"{key}={value}" for key, value in different.items()), highlight=False)
+    say("  " + ", ".join(f"{key}={value}" for key, value in different.items()))
     if found["metrics"]:
-        console.print("  " + _scores(found["metrics"]), highlight=False)
+        say("  " + _scores(found["metrics"], found["split"]))
     files = {file.stem: file for file in sorted((run / PREDICTIONS).glob("*.csv"))}
     if task and task not in files:
         raise ConfigError(f"{run} has no predictions on {task!r}.{nearest(task, files)}")
@@ -264,13 +285,12 @@ def _show_answers(task: str, items: Any, errors: bool, count: int) -> None:
     metric = next((name for name in TASKS[task].metrics if name in items), None) if task in TASKS else None
     wrong = items[items[metric] < 1] if metric else items
     chosen = wrong if errors else items
-    console.print(f"\n[bold]{task}[/bold]: {len(wrong)} of {len(items)} wrong by {metric}", highlight=False)
+    say("\n", (task, "bold"), f": {len(wrong)} of {len(items)} wrong by {metric}")
     for row in chosen.head(count).to_dict("records"):
         mark = "" if metric is None else f" ({metric} {row[metric]:g})"
-        console.print(f"[dim]problem {row['item']}{mark}[/dim]", highlight=False)
+        say((f"problem {row['item']}{mark}", "dim"))
         for part in ("prompt", "completion", "answer"):
-            console.print(f"  {part}: ", style="bold", end="")
-            console.print(repr(row[part]), markup=False, highlight=False, soft_wrap=True)
+            say((f"  {part}: ", "bold"), repr(row[part]))
 
 
 def _board() -> Board:
@@ -284,22 +304,22 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(metrics: dict[str, Any], folder: Path) -> None:
+def _tell(metrics: dict[str, Any], folder: Path, split: str) -> None:
     if _is_first():
-        console.print(
+        say(
             f"{metrics['label']}, {metrics['trainable_params']:,} trainable parameters "
-            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics)}. In {folder}",
-            highlight=False,
+            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics, split)}. In {folder}"
         )
 
 
-def _scores(metrics: dict[str, Any]) -> str:
-    """``word_problems: exact 53.0%, ...`` for every task."""
+def _scores(metrics: dict[str, Any], split: str) -> str:
+    """``word_problems (n=300): exact 53.0%, ...`` for every task, with the split unless it is the test's."""
+    where = "" if split in ("", "test") else f", {split}"
     lines = []
     for task, found in metrics["scores"].items():
         shares = [f"{name} {100 * value:.1f}%" for name, value in found.items() if _is_share(name)]
         shares.append(f"{found['loss_per_token']:.4f} nats/token")
-        lines.append(f"{task} (n={found['n']}): {', '.join(shares)}")
+        lines.append(f"{task} (n={found['n']}{where}): {', '.join(shares)}")
     return "; ".join(lines)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from diablo_theory.cli.common import app, console, numbers, options_checked, require_folder, wrote
+from diablo_theory.cli.common import app, console, numbers, options_checked, require_folder, say, working, wrote
 
 
 @app.command()
@@ -41,14 +42,14 @@ def verify(
 
     require_folder(out)
     arithmetic = arithmetic_of(dtype, device)
-    with console.status("checking") as status:
-        verdicts = run_checks(names or None, trials, seed, arithmetic, progress=status.update)
+    with working("checking") as status:
+        verdicts = run_checks(names or None, trials, seed, arithmetic, progress=lambda text: status.update(Text(text)))
     console.print(verdict_table(verdicts))
     if out is not None:
         write_with(out / "verdicts.csv", lambda path: verdicts.to_csv(path, index=False))
         wrote([out / "verdicts.csv", *save(styled(verdict_margins)(verdicts), out, "verdicts")])
     for name in dict.fromkeys(verdicts["check"]):
-        console.print(f"[bold]{name}[/bold] {CHECKS[name].statement}", highlight=False)
+        say((name, "bold"), f" {CHECKS[name].statement}")
     console.print(
         "A claim passes when premise and statement hold; a control breaks the premise, and passes when neither does."
     )
@@ -157,8 +158,8 @@ def speed(
         if name not in known:
             raise ConfigError(f"unknown benchmark {name!r}.{nearest(name, known)}")
     for name in dict.fromkeys(names or known):
-        with console.status(name) as status:
-            lines = known[name](lambda text, name=name, status=status: status.update(f"{name}: {text}"))
+        with working(name) as status:
+            lines = known[name](lambda text, name=name, status=status: status.update(Text(f"{name}: {text}")))
         console.print(speed_table(lines))
         if out is not None:
             here = provenance(torch.device("cpu"))

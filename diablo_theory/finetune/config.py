@@ -92,6 +92,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.method != "none" and self.steps is not None:
+            require_warmup(self.warmup_steps, self.steps)
         if self.adapter_dtype != "float32" and self.adapter_dtype != self.dtype:
             raise ValueError(f"adapter_dtype must be float32 or the model's {self.dtype}, got {self.adapter_dtype}")
         if self.quantise is not None and changes_base(self.method):
@@ -111,6 +113,14 @@ class RunConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What makes this run another run, ready for JSON."""
         return {key: value for key, value in self.model_dump(mode="json").items() if key not in ELSEWHERE}
+
+
+def require_warmup(warmup: float, steps: int) -> None:
+    """Raise ConfigError if a warm-up is as long as the training; below 1 it is a share of it."""
+    if 1 <= warmup >= steps:
+        raise ConfigError(
+            f"warmup_steps {warmup:g} must be below the {steps} steps of the run, or below 1 for a share of them"
+        )
 
 
 def experiments_folder() -> Path:

@@ -3,7 +3,8 @@
 Holds config.json, inputs.json (digests of weights and data), environment.json (an entry an attempt: versions, machine,
 commit), checkpoints/ while it trains, log.csv, trainable.safetensors, adapter/ (peft's own layout, where loading it on
 the base named there gives the trained model), quantised.csv (a row a layer, for a quantised base),
-predictions/TASK.csv, and when all is done metrics.json; failed.json after a divergence.
+predictions/TASK.csv, and when all is done metrics.json; failed.json after a divergence, error.txt after anything else
+that ended its last attempt in a sweep, job.json for its last job on a cluster.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import filelock
 from accelerate import PartialState
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.files import locked, read_json, remove_partial
+from diablo_theory.files import is_held, locked, read_json, remove_partial
 from diablo_theory.finetune.config import ELSEWHERE, RunConfig
 from diablo_theory.finetune.models import pick_device
 from diablo_theory.finetune.train import WEIGHTS, last_whole_checkpoint
 
-CONFIG, ENVIRONMENT, METRICS, FAILED = "config.json", "environment.json", "metrics.json", "failed.json"
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.json"
+FAILED, ERROR = "failed.json", "error.txt"
 LOG, PREDICTIONS, ADAPTER, CHECKPOINTS = "log.csv", "predictions", "adapter", "checkpoints"
 QUANTISED, INPUTS = "quantised.csv", "inputs.json"
 
@@ -93,17 +94,29 @@ def state(folder: Path) -> dict[str, Any]:
 
     Returns:
         state (finished, failed, running, stopped), step and steps (done and planned; None where not known), metrics
-        (None unless finished), note (the error of a failed run).
+        (None unless finished), split (that it is scored on; "" where not known), note (the error of a failed run, or
+        what is damaged; its first line says most).
     """
-    metrics = finished(folder)
-    known = {"metrics": metrics, "note": ""}
-    if metrics:
-        return known | {"state": "finished", "step": metrics["steps"], "steps": metrics["steps"]}
+    known = {"step": None, "steps": None, "metrics": None, "split": "", "note": ""}
+    try:
+        split = read_json(folder / CONFIG).get("eval_split", "") if (folder / CONFIG).is_file() else ""
+        return known | {"split": split} | _state(folder)
+    except ResultsError as error:
+        return known | {"state": "failed", "note": str(error)}
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    if metrics := finished(folder):
+        return {"state": "finished", "step": metrics["steps"], "steps": metrics["steps"], "metrics": metrics}
     steps = read_json(folder / ENVIRONMENT).get("steps") if (folder / ENVIRONMENT).is_file() else None
-    step = _step(folder, steps)
+    known = {"step": _step(folder, steps), "steps": steps}
     if (folder / FAILED).is_file():
-        return known | {"state": "failed", "step": step, "steps": steps, "note": read_json(folder / FAILED)["error"]}
-    return known | {"state": "running" if _is_held(folder) else "stopped", "step": step, "steps": steps}
+        return known | {"state": "failed", "note": read_json(folder / FAILED)["error"]}
+    if is_held(folder):
+        return known | {"state": "running"}
+    if (folder / ERROR).is_file():
+        return known | {"state": "failed", "note": (folder / ERROR).read_text(encoding="utf-8")}
+    return known | {"state": "stopped"}
 
 
 def _step(folder: Path, steps: int | None) -> int | None:
@@ -113,16 +126,6 @@ def _step(folder: Path, steps: int | None) -> int | None:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_held(folder: Path) -> bool:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    lock.release()
-    return False
-
-
 def run_folders(root: Path) -> list[Path]:
     """All run folders below a folder, itself included, in the order of their names."""
-    return sorted({path.parent for name in (CONFIG, METRICS, FAILED) for path in root.rglob(name)})
+    return sorted({path.parent for name in (CONFIG, METRICS, FAILED, ERROR) for path in root.rglob(name)})

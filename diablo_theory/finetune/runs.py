@@ -23,6 +23,7 @@ from diablo_theory.finetune.folder import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
+    ERROR,
     FAILED,
     INPUTS,
     LOG,
@@ -94,7 +95,7 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         # A start that looks at data has to look at the same again.
         looks = config.method in methods.FAMILIES and bool(methods.FAMILIES[config.method].start)
         problems = read_problems(config, train=looks)
-        setup = trained_model(config, folder, board, load, problems.train)
+        setup = trained_model(config, folder, board, load, problems.train, metrics["steps"])
         digests = {name: value for name, value in problems.digests().items() if name != "train"}
         _note_inputs(folder, setup, digests)
         fresh = [name for name in problems.score if name not in metrics["scores"]]
@@ -113,6 +114,8 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
         before = read_json(failed)["error"]
         raise NonFiniteError(f"{before} (In an earlier attempt; delete {failed} to go on from the last checkpoint.)")
     first = PartialState().is_main_process
+    if first:
+        (folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
     problems = read_problems(config)
     setup = set_up(config, folder, board, load, problems.train)
     steps = 0 if setup.data is None else len(setup.data) // config.batch_size

@@ -94,15 +94,19 @@ class Setup:
 CALIBRATION_EXAMPLES, CALIBRATION_BATCH = 64, 8
 
 
-def trained_model(config: RunConfig, folder: Path, board: Board, load: Load, learning: Sequence[Example]) -> Setup:
+def trained_model(
+    config: RunConfig, folder: Path, board: Board, load: Load, learning: Sequence[Example], steps: int | None = None
+) -> Setup:
     """:func:`set_up`, with what the run has learnt."""
-    setup = set_up(config, folder, board, load, learning)
+    setup = set_up(config, folder, board, load, learning, steps)
     if config.method != "none":
         methods.load_trainable_state(setup.prepared.model, load_file(folder / WEIGHTS))
     return setup
 
 
-def set_up(config: RunConfig, folder: Path, board: Board, load: Load, learning: Sequence[Example]) -> Setup:
+def set_up(
+    config: RunConfig, folder: Path, board: Board, load: Load, learning: Sequence[Example], steps: int | None = None
+) -> Setup:
     """A fresh model, quantised if the run says so, with exactly its method's parameters trainable.
 
     Args:
@@ -111,6 +115,7 @@ def set_up(config: RunConfig, folder: Path, board: Board, load: Load, learning: 
         board: Shows progress.
         load: Gives the model.
         learning: The training examples; none where nothing is learnt.
+        steps: Of a run that was trained before, where ``learning`` is left out; methods may plan with their number.
 
     Raises:
         ConfigError: If the method, the base or the data do not fit together.
@@ -135,7 +140,7 @@ def set_up(config: RunConfig, folder: Path, board: Board, load: Load, learning: 
             dropout=config.dropout,
             adapter_dtype=config.adapter_dtype if adapter else None,
             calibration=None if data is None else partial(_calibration, data, loaded.tokenizer.pad_token_id),
-            steps=None if data is None else len(data) // config.batch_size,
+            steps=steps if data is None else len(data) // config.batch_size,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error

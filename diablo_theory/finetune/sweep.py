@@ -1,26 +1,24 @@
-"""Many runs in order: what is done is skipped, what fails is noted, and a cluster may take them instead."""
+"""Many runs in order: what is done is skipped, what fails is noted."""
 
 from __future__ import annotations
 
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory.errors import ConfigError, DiabloTheoryError
-from diablo_theory.files import write_text
+from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError
+from diablo_theory.files import locked, write_text
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_run_file, read_yaml, resolve, small_scale
-from diablo_theory.finetune.folder import check_owner, finished
+from diablo_theory.finetune.folder import ERROR, check_owner, finished
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
-
-#: What a run that ended in an error that nobody expected leaves in its folder.
-TRACEBACK = "error.txt"
 
 
 class Part(BaseModel):
@@ -52,7 +50,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a sweep ended: ``finished`` now, ``before``, ``failed``, or ``submitted`` to a cluster."""
+    """How a run of a sweep ended: ``finished`` now, ``before``, or ``failed``.
+
+    On a cluster: ``submitted``, or with an earlier job still ``queued`` or ``running``.
+    """
 
     name: str
     state: str
@@ -95,10 +96,13 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         overrides: Keys over every file's.
 
     Raises:
-        ConfigError: If a file, key or value is not allowed, or two runs would share a folder.
+        ConfigError: If a file, key or value is not allowed, a key is both set and varied, or two runs would share a
+            folder.
     """
     runs: dict[str, Planned] = {}
     for part in sweep.parts:
+        _require_apart(part.vary, part.set, "its own set")
+        _require_apart(part.vary, overrides or {}, "--set")
         for file, values in itertools.product(part.files, _combinations(part.vary)):
             differences = read_run_file(_found(file))
             small = small_scale(differences) if sweep.small else {}
@@ -110,86 +114,72 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
     return list(runs.values())
 
 
+def _require_apart(vary: Iterable[str], fixed: Iterable[str], where: str) -> None:
+    """Refuse a key that is set and varied: runs would be named after values that they do not have."""
+    for varied, key in itertools.product(vary, fixed):
+        if varied == key or varied == key.partition(".")[0] or varied.partition(".")[0] == key:
+            raise ConfigError(f"a sweep varies {varied}, and {where} gives {key} one value: leave out one of the two")
+
+
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
     for values in itertools.product(*vary.values()):
         yield dict(zip(vary, values, strict=True))
 
 
 def _found(file: Path) -> Path:
-    return file if file.is_file() else experiments_folder() / file
+    inside = experiments_folder() / file
+    return inside if inside.is_file() and not file.is_file() else file
 
 
 def run_all(runs: Sequence[Planned], out: Path, board: SweepBoard) -> list[Outcome]:
     """Do runs one after another.
 
-    One that fails is noted and the next one starts; only Ctrl-C and a full disk end the sweep.
+    One that fails is noted, also in its folder, and the next one starts; only Ctrl-C and a full disk end the sweep.
 
     Args:
         runs: From :func:`planned`.
         out: Run ``name`` goes into ``out / name``.
         board: Shows progress.
     """
-    outcomes = []
-    for place, run in enumerate(runs, start=1):
-        if finished(out / run.name):
-            board.skip(run.name)
-            outcomes.append(_guarded(run, "before", out, check_owner, out / run.name, run.config))
-            continue
-        with board.stage(f"{place}/{len(runs)} {run.name}"):
-            outcomes.append(_guarded(run, "finished", out, execute, run.config, out / run.name, board))
-    return outcomes
+    headings = [f"{place}/{len(runs)} {run.name}" for place, run in enumerate(runs, start=1)]
+    return [
+        guarded(run, out / run.name, partial(_do, run, out / run.name, heading, board))
+        for run, heading in zip(runs, headings, strict=True)
+    ]
 
 
-def _guarded(run: Planned, done: str, out: Path, work: Callable[..., object], *arguments: object) -> Outcome:
-    try:
-        work(*arguments)
-    except DiabloTheoryError as error:
-        return Outcome(run.name, "failed", str(error))
-    except OSError:
-        raise  # no space, no permission: the next run would meet it too
-    except Exception:  # out of memory, a bug: the others do not depend on it
-        write_text(out / run.name / TRACEBACK, traceback.format_exc())
-        return Outcome(run.name, "failed", traceback.format_exc())
-    return Outcome(run.name, done)
+def _do(run: Planned, folder: Path, heading: str, board: SweepBoard) -> Outcome:
+    if was_finished(run, folder):
+        board.skip(run.name)
+        return Outcome(run.name, "before")
+    with board.stage(heading):
+        execute(run.config, folder, board)
+    return Outcome(run.name, "finished")
 
 
-def submit(runs: Sequence[Planned], out: Path, cluster: str, options: Mapping[str, Any]) -> list[Outcome]:
-    """Hand runs to a cluster, a job each, through submitit (extra ``cluster``).
-
-    A job that is killed or times out is submitted again by the same command, and goes on from its last checkpoint.
-
-    Args:
-        runs: From :func:`planned`; finished ones are left out.
-        out: As in :func:`run_all`, on a disk that the cluster shares.
-        cluster: ``slurm``, or ``local`` for processes on this machine.
-        options: submitit's parameters, such as ``slurm_partition``, ``timeout_min``, ``gpus_per_node``.
+def was_finished(run: Planned, folder: Path) -> bool:
+    """Whether a folder holds this run, finished.
 
     Raises:
-        ConfigError: If submitit is not installed, or refuses an option.
+        ResultsError: If it belongs to another run, or is damaged.
     """
+    check_owner(folder, run.config)
+    return finished(folder) is not None
+
+
+def guarded(run: Planned, folder: Path, work: Callable[[], Outcome]) -> Outcome:
+    """What some work on a run comes to; an error that says nothing about other runs is noted in the run's folder."""
     try:
-        import submitit
-    except ImportError:
-        raise ConfigError("a cluster needs submitit: pip install 'diablo-theory[cluster]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder=out / ".jobs", cluster=cluster)
-        executor.update_parameters(**options)
-    except (ValueError, TypeError, NameError, RuntimeError) as error:
-        raise ConfigError(f"cluster {cluster!r} with {dict(options)}: {error}") from error
-    outcomes = []
-    for run in runs:
-        if finished(out / run.name):
-            outcomes.append(Outcome(run.name, "before"))
-            continue
-        job = executor.submit(run_one, run.config.model_dump(mode="json"), str(out / run.name))
-        outcomes.append(Outcome(run.name, "submitted", f"job {job.job_id}"))
-    return outcomes
-
-
-def run_one(config: dict[str, Any], folder: str) -> None:
-    """A job of :func:`submit`: one run, with progress as plain lines in the job's log."""
-    from rich.console import Console
-
-    from diablo_theory.progress import Board as Lines
-
-    execute(RunConfig.model_validate(config), Path(folder), Lines(Console()))
+        return work()
+    except DiabloTheoryError as error:
+        told = noted = str(error)
+    except OSError:
+        raise  # no space, no permission: the next run would meet it too
+    except Exception as error:  # out of memory, a bug: the others do not depend on it
+        told = traceback.format_exc()
+        noted = f"{''.join(traceback.format_exception_only(error))}\n{told}"
+    with suppress(ResultsError):  # the folder is another run's, or another process is at work in it
+        check_owner(folder, run.config)
+        with locked(folder):
+            write_text(folder / ERROR, noted)
+    return Outcome(run.name, "failed", told)

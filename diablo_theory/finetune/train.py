@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.files import fsync, read_json, write_json, write_tensors
-from diablo_theory.finetune.config import RunConfig
+from diablo_theory.finetune.config import RunConfig, require_warmup
 from diablo_theory.finetune.data import Ordered, collate
 from diablo_theory.finetune.models import pick_device
 from diablo_theory.methods import Prepared, classes_in_state, load_trainable_state, move_state, trainable_state
@@ -214,7 +214,8 @@ def train(
 
     Raises:
         NonFiniteError: If a loss or gradient is not finite; the last good parameters are kept.
-        ConfigError: If the batch does not divide among the processes.
+        ConfigError: If the batch does not divide among the processes, there are several GPUs in one process, or the
+            warm-up is as long as the training.
 
     Source: optimiser as the authors' scripts have it (AdamW, Trainer's clipping and epsilon).
     """
@@ -251,17 +252,17 @@ def _arguments(config: RunConfig, checkpoints: Path, steps: int) -> TrainingArgu
             f"batch_size {config.batch_size} must be a multiple of the number of processes ({processes})"
             + (f" times micro_batch_size ({each})" if config.micro_batch_size else "")
         )
-    warmup = config.warmup_steps if config.warmup_steps < 1 else min(config.warmup_steps, steps - 1)
+    require_warmup(config.warmup_steps, steps)
     # Weights in half precision with float32 adapters are multiplied in half precision; all in one needs no casting.
     casts = config.dtype != config.adapter_dtype
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
         per_device_train_batch_size=each,
         gradient_accumulation_steps=config.batch_size // (each * processes),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=warmup,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
@@ -282,6 +283,12 @@ def _arguments(config: RunConfig, checkpoints: Path, steps: int) -> TrainingArgu
         dataloader_pin_memory=False,
         use_cpu=pick_device(config.device).type == "cpu",
     )
+    if arguments.n_gpu > 1:  # Trainer would give each of them a batch, and a step would be another one
+        raise ConfigError(
+            f"one process sees {arguments.n_gpu} GPUs and a run takes one: set CUDA_VISIBLE_DEVICES=0 before Python "
+            "starts, or share the run with `accelerate launch`"
+        )
+    return arguments
 
 
 def is_sharded(model: nn.Module) -> bool:

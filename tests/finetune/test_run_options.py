@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
+from typing import get_args
 
 import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from diablo_theory import methods
 from diablo_theory.errors import ConfigError, ResultsError
 from diablo_theory.finetune import bases, runs, scoring, train
 from diablo_theory.finetune.config import resolve
@@ -31,6 +34,8 @@ SMALL = {
     "learning_rate": 1e-2,
     "device": "cpu",
 }
+#: Methods whose extra is not installed.
+NOT_HERE = () if find_spec("galore_torch") else ("galore",)
 
 
 @pytest.fixture
@@ -114,6 +119,18 @@ def test_scores_can_be_added_later_and_are_those_of_the_run(do, yes_or_no, board
     metrics = runs.add_scores(folder, ["even"], board)
     assert metrics["scores"] == together["scores"]
     assert json.loads((folder / "metrics.json").read_text())["scores"] == together["scores"]
+
+
+@pytest.mark.parametrize("method", [name for name in get_args(methods.Method) if name not in NOT_HERE])
+def test_scores_are_added_to_a_run_of_any_method(do, board, method):
+    """Made once more from the weights, they are those that the run has made itself."""
+    before, folder = do("run", method=method, steps=3, eval_items=2)
+    predictions = folder / "predictions" / "word_problems.csv"
+    answers = predictions.read_bytes()
+    predictions.unlink()
+    after = runs.add_scores(folder, ["word_problems"], board)
+    assert after == before
+    assert predictions.read_bytes() == answers
 
 
 def test_scores_of_what_was_never_trained_are_refused(do, tmp_path, board):
@@ -218,6 +235,29 @@ def test_a_run_says_how_far_it_is(do, tmp_path, monkeypatch):
 def test_keys_that_do_not_fit_together(changes, message):
     with pytest.raises(ConfigError, match=message):
         resolve(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({"steps": 5}, 5), ({"steps": None, "epochs": 2}, 5), ({"steps": None, "epochs": 1}, 3)]
+)
+def test_a_warm_up_as_long_as_the_training_is_refused(do, yes_or_no, changes, steps):
+    """Known from the configuration, or once the epochs' examples are counted."""
+    even = {"train_on": "even", "evaluate_on": ["even"], **changes}
+    with pytest.raises(ConfigError, match=f"warmup_steps {steps} must be below the {steps} steps of the run"):
+        do("long", warmup_steps=steps, **even)
+    assert do("share", warmup_steps=0.5, **even)[0]["steps"] == steps
+    assert do("one-less", warmup_steps=steps - 1, **even)[0]["steps"] == steps
+
+
+def test_what_is_not_trained_has_no_warm_up():
+    assert resolve({"method": "none", "steps": 1}).warmup_steps == 5
+
+
+def test_several_gpus_in_one_process_are_refused(do, monkeypatch):
+    """Trainer would give each of them a batch."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConfigError, match="one process sees 2 GPUs and a run takes one: set CUDA_VISIBLE_DEVICES=0"):
+        do("two")
 
 
 @pytest.mark.parametrize("method", ["adalora", "corda", "eva", "lora-fa", "miss", "random-entries", "s2ft-rows"])

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_runs import assert_same_result, deterministic
 from transformers import AutoModelForCausalLM
 
+from diablo_theory import files
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.finetune import evaluate, runs, scoring, train
 from diablo_theory.finetune.config import resolve
@@ -39,24 +41,6 @@ def config(tiny_model):
     return make
 
 
-def deterministic(folder):
-    log = pd.read_csv(folder / "log.csv").drop(columns="seconds")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    del metrics["train_seconds"], metrics["run_id"], metrics["provenance"]
-    items = scoring.read_predictions(folder / "predictions" / "word_problems.csv")
-    return log, items, metrics, load_file(folder / train.WEIGHTS)
-
-
-def assert_same_result(first, second):
-    log, items, metrics, weights = deterministic(first)
-    other_log, other_items, other_metrics, other_weights = deterministic(second)
-    pd.testing.assert_frame_equal(log, other_log, check_exact=True)
-    pd.testing.assert_frame_equal(items, other_items, check_exact=True)
-    assert metrics == other_metrics
-    assert weights.keys() == other_weights.keys()
-    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
-
-
 @pytest.mark.parametrize(
     ("method", "groups"), [("full", ["W"]), ("lora", ["A", "B"]), ("diablo", ["D"])], ids=["full", "lora", "diablo"]
 )
@@ -70,7 +54,7 @@ def test_a_run_learns_and_leaves_a_whole_record(config, tmp_path, board, method,
     # The groups are all that is trained, so their norms make up the whole one.
     whole = (log[[f"grad_norm/{group}" for group in groups]] ** 2).sum(axis=1) ** 0.5
     assert (whole / log["grad_norm"] - 1).abs().max() < 1e-4
-    assert len(items) == written["scores"]["word_problems"]["n"] == 9
+    assert len(items["word_problems"]) == written["scores"]["word_problems"]["n"] == 9
     assert metrics["trainable_params"] == sum(value.numel() for value in weights.values())
     assert not (folder / "checkpoints").exists()
     assert [piece[1:] for piece in board.pieces] == [(1, 1), (30, 30), (9, 9)]  # load, train, evaluate
@@ -262,7 +246,8 @@ def test_nan_in_evaluation_names_the_problem_and_writes_no_scores(config, tmp_pa
     assert not list((tmp_path / "run").rglob("*.csv"))
 
 
-def test_two_processes_in_one_folder_are_kept_apart(config, tmp_path, board):
+def test_two_processes_in_one_folder_are_kept_apart(config, tmp_path, board, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     (tmp_path / "run").mkdir()
     with (
         filelock.FileLock(tmp_path / "run" / ".lock"),
@@ -302,28 +287,3 @@ except OSError as error:
 def test_weights_are_dropped_when_not_wanted(config, tmp_path, board):
     runs.execute(config(keep_weights=False), tmp_path / "run", board)
     assert not (tmp_path / "run" / train.WEIGHTS).exists()
-
-
-def test_killed_without_warning_and_continued_equals_undisturbed(config, tmp_path, board):
-    """A real kill -9 in the middle of training, in a process of its own."""
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
-from pathlib import Path
-from conftest import SilentBoard
-from diablo_theory.finetune import evaluate, runs, scoring, train
-from diablo_theory.finetune.config import RunConfig
-step = train.AdapterTrainer.training_step
-def killed(self, *arguments):
-    if self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *arguments)
-train.AdapterTrainer.training_step = killed
-config = RunConfig.model_validate_json({config().model_dump_json()!r})
-runs.execute(config, Path({str(tmp_path / "run")!r}), SilentBoard())
-"""
-    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert died.returncode == -9, died.stderr
-    runs.execute(config(), tmp_path / "run", board)
-    runs.execute(config(), tmp_path / "undisturbed", board)
-    assert_same_result(tmp_path / "undisturbed", tmp_path / "run")

@@ -1,12 +1,9 @@
-import sys
-import time
-
 import pytest
 
 from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.finetune import runs, sweep
 from diablo_theory.finetune.config import experiments_folder
-from diablo_theory.finetune.folder import run_folders, state
+from diablo_theory.finetune.folder import CONFIG, ERROR, METRICS, run_folders, state
 
 TINY = {
     "num_blocks": 6,
@@ -51,13 +48,17 @@ def test_runs_are_done_once_and_a_failing_one_stops_nothing(spec, tmp_path, boar
         return execute(config, folder, board)
 
     planned, out = sweep.planned(spec), tmp_path / "out"
-    (out / planned[1].name).mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "execute", sometimes)
         outcomes = sweep.run_all(planned, out, board)
     assert [outcome.state for outcome in outcomes] == ["failed", "failed", "finished", "finished"]
     assert outcomes[0].note == "it diverged"
-    assert "RuntimeError: out of memory" in (out / planned[1].name / sweep.TRACEBACK).read_text()
+    assert "RuntimeError: out of memory" in (out / planned[1].name / ERROR).read_text()
+    assert [state(out / run.name)["note"].splitlines()[0] for run in planned[:2]] == [
+        "it diverged",
+        "RuntimeError: out of memory",
+    ]
+    assert [state(folder)["state"] for folder in run_folders(out)] == ["finished"] * 2 + ["failed"] * 2
     assert [outcome.state for outcome in sweep.run_all(planned, out, board)] == [
         "finished",
         "finished",
@@ -65,6 +66,7 @@ def test_runs_are_done_once_and_a_failing_one_stops_nothing(spec, tmp_path, boar
         "before",
     ]
     assert [state(folder)["state"] for folder in run_folders(out)] == ["finished"] * 4
+    assert not list(out.rglob(ERROR))
 
 
 def test_a_folder_with_other_runs_is_told(spec, tmp_path, board):
@@ -72,6 +74,43 @@ def test_a_folder_with_other_runs_is_told(spec, tmp_path, board):
     (outcome,) = sweep.run_all(sweep.planned(spec, {"steps": 3})[:1], tmp_path / "out", board)
     assert outcome.state == "failed"
     assert "belongs to a run with steps=2, not 3" in outcome.note
+    assert not list((tmp_path / "out").rglob(ERROR))
+    (tmp_path / "out" / sweep.planned(spec)[0].name / METRICS).unlink()  # nor where it is not finished
+    (outcome,) = sweep.run_all(sweep.planned(spec, {"steps": 3})[:1], tmp_path / "out", board)
+    assert "belongs to a run with steps=2, not 3" in outcome.note
+    assert not list((tmp_path / "out").rglob(ERROR))
+
+
+def test_one_damaged_record_does_not_end_a_sweep(spec, tmp_path, board):
+    planned, out = sweep.planned(spec)[1:3], tmp_path / "out"
+    sweep.run_all(planned, out, board)
+    damaged = out / planned[0].name
+    (damaged / METRICS).write_text("{")
+    outcomes = sweep.run_all(planned, out, board)
+    assert [outcome.state for outcome in outcomes] == ["failed", "before"]
+    assert "metrics.json is truncated or damaged" in outcomes[0].note
+    assert "metrics.json is truncated or damaged" in state(damaged)["note"]
+    (damaged / METRICS).unlink()
+    assert [outcome.state for outcome in sweep.run_all(planned, out, board)] == ["finished", "before"]
+    assert state(damaged)["state"] == "finished"
+    assert not (damaged / ERROR).exists()
+
+
+def test_a_run_that_cannot_start_is_listed_with_its_reason(spec, tmp_path, board):
+    (run,) = sweep.planned(spec, {"num_blocks": 100})[2:3]
+    (outcome,) = sweep.run_all([run], tmp_path, board)
+    assert outcome.state == "failed"
+    assert run_folders(tmp_path) == [tmp_path / run.name]
+    found = state(tmp_path / run.name)
+    assert (found["state"], found["note"]) == ("failed", outcome.note)
+    assert "num_blocks" in found["note"]
+    assert not (tmp_path / run.name / CONFIG).exists()
+
+
+def test_who_looks_writes_nothing(tmp_path):
+    (tmp_path / CONFIG).write_text("{}")
+    assert state(tmp_path)["state"] == "stopped"
+    assert [file.name for file in tmp_path.iterdir()] == [CONFIG]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -98,27 +137,30 @@ def test_mistakes_are_told_before_the_first_run(spec, tmp_path):
         sweep.planned(sweep.SweepFile(parts=(sweep.Part(files=("nowhere/lora.yaml",)),)))
 
 
+@pytest.mark.parametrize(
+    ("varied", "fixed"),
+    [("seed", "seed"), ("quantise", "quantise.bits"), ("quantise.bits", "quantise")],
+)
+def test_what_is_varied_is_not_set(spec, varied, fixed):
+    values = {"quantise": {"method": "rtn", "bits": 4}, "quantise.bits": 4, "seed": 7}
+    alone = sweep.Part(files=spec.parts[0].files, vary={varied: (values[varied],)})
+    with pytest.raises(ConfigError, match=rf"varies {varied}, and --set gives {fixed} one value: leave out one"):
+        sweep.planned(sweep.SweepFile(parts=(alone,)), {fixed: values[fixed]})
+    own = alone.model_copy(update={"set": {fixed: values[fixed]}})
+    with pytest.raises(ConfigError, match=rf"varies {varied}, and its own set gives {fixed} one value"):
+        sweep.planned(sweep.SweepFile(parts=(own,)))
+
+
+def test_two_parts_of_a_key_are_two_keys(spec):
+    files = spec.parts[0].files[:1]
+    (file,) = files
+    file.write_text(file.read_text() + "quantise: {method: rtn, bits: 4}\n")
+    part = sweep.Part(files=files, set=TINY, vary={"quantise.bits": (3, 4)})
+    planned = sweep.planned(sweep.SweepFile(parts=(part,)), {"quantise.group_size": 12})
+    assert [(run.config.quantise.bits, run.config.quantise.group_size) for run in planned] == [(3, 12), (4, 12)]
+
+
 def test_every_sweep_file_plans():
     files = [file for file in experiments_folder().rglob("*.yaml") if file.parent.name == "sweeps"]
     for file in files:
         assert sweep.planned(sweep.read_sweep(file))
-
-
-def test_a_cluster_gets_a_job_a_run(spec, tmp_path):
-    """Processes of this machine stand for a cluster's."""
-    planned, out = sweep.planned(spec)[:2], tmp_path / "out"
-    outcomes = sweep.submit(planned, out, "local", {"timeout_min": 5})
-    assert [outcome.state for outcome in outcomes] == ["submitted"] * 2
-    end = time.monotonic() + 300
-    while any(state(out / run.name)["state"] != "finished" for run in planned) and time.monotonic() < end:
-        time.sleep(0.5)
-    assert [state(out / run.name)["state"] for run in planned] == ["finished"] * 2
-    assert [outcome.state for outcome in sweep.submit(planned, out, "local", {})] == ["before"] * 2
-    with pytest.raises(ConfigError, match=r"cluster 'local' with \{'gpu_count': 3\}"):
-        sweep.submit(planned, out, "local", {"gpu_count": 3})
-
-
-def test_without_submitit_the_message_says_what_to_install(spec, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ConfigError, match=r"pip install 'diablo-theory\[cluster\]'"):
-        sweep.submit(sweep.planned(spec), tmp_path, "slurm", {})
