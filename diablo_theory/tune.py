@@ -11,7 +11,7 @@ import pandas as pd
 from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.files import read_json, write_with
 from diablo_theory.finetune import runs
-from diablo_theory.finetune.config import experiments_folder, read_run_file, resolve
+from diablo_theory.finetune.config import experiments_folder, overridden, read_run_file
 from diablo_theory.finetune.folder import FAILED, PREDICTIONS
 from diablo_theory.finetune.scoring import read_predictions
 from diablo_theory.finetune.tasks import TASKS
@@ -86,7 +86,7 @@ def _row(
 ) -> dict[str, Any]:
     differences = read_run_file(experiments_folder() / task / f"{method}.yaml")
     fixed = {"learning_rate": rate, "eval_split": "validation", "keep_weights": False}
-    config = resolve(differences, overrides, fixed)
+    config = overridden([differences, fixed], overrides)
     row = {"task": task, "method": method, "learning_rate": rate, "seed": config.seed, "steps": config.steps}
     with board.stage(f"{task}, {method}, learning rate {rate:g}"):
         try:

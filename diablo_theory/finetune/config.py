@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 ELSEWHERE = ("data_root", "device", "eval_batch_size")
 #: Keys that a run file decides for good: where its rows belong, and what they stand for.
 DECIDED = ("suite", "scale")
-#: Keys that say how much is done: with others than its file's a full run is a small one.
+#: Keys that say how much is done (null: all of it): with less than its file says a full run is a small one.
 AMOUNT = ("steps", "epochs", "train_items", "max_length", "eval_items")
 
 
@@ -222,7 +223,7 @@ def load_run(path: Path, overrides: Iterable[str] = (), *, small: bool = False) 
     return overridden(layers, parse_overrides(overrides))
 
 
-def overridden(layers: Iterable[Mapping[str, Any]], changes: Mapping[str, Any]) -> RunConfig:
+def overridden(layers: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> RunConfig:
     """What files say, with a user's changes: a full run that does less than its file is a small one.
 
     Args:
@@ -235,7 +236,7 @@ def overridden(layers: Iterable[Mapping[str, Any]], changes: Mapping[str, Any]) 
     if decided := [key for key in changes if key in DECIDED]:
         raise ConfigError(f"{decided[0]} cannot be set here: the run file decides it (--small makes a small run)")
     before, after = resolve(*layers), resolve(*layers, changes)
-    less = any(getattr(before, key) != getattr(after, key) for key in AMOUNT)
+    less = any((getattr(after, key) or math.inf) < (getattr(before, key) or math.inf) for key in AMOUNT)
     return after.model_copy(update={"scale": "small"}) if less else after
 
 

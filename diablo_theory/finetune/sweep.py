@@ -15,7 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError
 from diablo_theory.files import locked, write_text
-from diablo_theory.finetune.config import RunConfig, experiments_folder, read_run_file, read_yaml, resolve, small_scale
+from diablo_theory.finetune.config import (
+    RunConfig,
+    experiments_folder,
+    overridden,
+    read_run_file,
+    read_yaml,
+    small_scale,
+)
 from diablo_theory.finetune.folder import ERROR, check_owner, finished
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
@@ -106,7 +113,7 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         for file, values in itertools.product(part.files, _combinations(part.vary)):
             differences = read_run_file(_found(file))
             small = small_scale(differences) if sweep.small else {}
-            config = resolve(differences, small, part.set, values, overrides or {})
+            config = overridden([differences, small], {**part.set, **values, **(overrides or {})})
             name = "-".join([f"{config.suite}/{file.stem}", *(f"{key}={value}" for key, value in values.items())])
             if name in runs and runs[name].config != config:
                 raise ConfigError(f"two different runs of this sweep are both called {name}: vary what differs")

@@ -150,9 +150,11 @@ def test_what_rows_stand_for_is_not_a_user_s_to_say(change):
         ([], "full"),
         (["seed=1", "learning_rate=1e-4", "data_root=/data", "micro_batch_size=2"], "full"),
         (["epochs=3"], "full"),
+        (["epochs=5"], "full"),
+        (["max_length=128"], "small"),
         (["epochs=1"], "small"),
         (["eval_items=20"], "small"),
-        (["steps=10", "epochs=null"], "small"),
+        (["steps=10", "epochs=null", "warmup_steps=2"], "small"),
     ],
 )
 def test_a_full_run_that_does_less_is_a_small_one(changes, scale):
