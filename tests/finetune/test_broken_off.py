@@ -1,6 +1,7 @@
 """Runs that end in the middle, by a real kill -9 or a full disk, and are started again by the same command."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -26,26 +27,50 @@ SMALL = {
     "learning_rate": 1e-2,
     "device": "cpu",
 }
-#: Runs a configuration, and kills itself where the function ``name`` of ``owner`` is called for the given time.
+#: Where runs are killed: the owner of a function and its name, which call of it, whether after it has returned; what
+#: is there then, and how many partial files and folders.
+TRAINED = {"trainable", "log"}
+SCORED = TRAINED | {"word_problems", "docstrings"}
+PLACES = {
+    "step": ("train.AdapterTrainer", "training_step", 6, False, set(), 0),
+    "checkpoint": ("train", "write_tensors", 2, True, set(), 0),  # the second one: weights, and no optimizer yet
+    "weights-log": ("runs", "write_with", 1, False, {"trainable"}, 0),
+    "tasks": ("scoring", "evaluate", 2, False, TRAINED | {"word_problems"}, 0),
+    "predictions": ("scoring.pd.DataFrame", "to_csv", 3, True, TRAINED | {"word_problems"}, 1),
+    "adapter": ("runs.PeftModel", "save_pretrained", 1, True, SCORED, 1),
+    "conclusion": ("runs", "write_json", 3, False, SCORED | {"adapter"}, 0),
+}
+#: Does a run in a process for each place, in a folder called after it, and kills that process there.
 DRIVER = """
-import os, signal, sys
+import json, os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import SilentBoard
-from diablo_theory import files
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from diablo_theory.finetune import runs, scoring, train
 from diablo_theory.finetune.config import RunConfig
-original, calls = {owner}.{name}, []
-def deadly(*arguments, **options):
-    calls.append(1)
-    if len(calls) == {call} and not {after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = original(*arguments, **options)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-{owner}.{name} = deadly
-runs.execute(RunConfig.model_validate_json({config!r}), Path({folder!r}), SilentBoard())
+from diablo_theory.finetune.tasks import TASKS, Wanted
+TASKS["docstrings"].examples(Wanted("test", 1))  # it reads much code, and so here once for all processes
+
+def deadly(original, call, after):
+    calls = []
+    def function(*arguments, **options):
+        calls.append(1)
+        result = original(*arguments, **options) if after or len(calls) != call else None
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return function
+
+ends = {{}}
+for place, (owner, name, call, after, *_) in {places!r}.items():
+    child = os.fork()
+    if child == 0:
+        setattr(eval(owner), name, deadly(getattr(eval(owner), name), call, after))
+        runs.execute(RunConfig.model_validate_json({config!r}), Path({folder!r}) / place, SilentBoard())
+        os._exit(0)
+    ends[place] = os.waitpid(child, 0)[1]
+print(json.dumps(ends))
 """
 
 
@@ -73,41 +98,24 @@ def there(folder):
     return found, len(list(folder.rglob(".partial-*")))
 
 
-TRAINED = {"trainable", "log"}
-SCORED = TRAINED | {"word_problems", "docstrings"}
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory):
+    """The folder of the runs that were killed, and how their processes ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    tests = os.path.dirname(os.path.dirname(__file__))
+    script = DRIVER.format(tests=tests, places=PLACES, config=config().model_dump_json(), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "after", "left", "partial"),
-    [
-        ("train.AdapterTrainer", "training_step", 6, False, set(), 0),
-        ("train", "write_tensors", 2, True, set(), 0),  # the second checkpoint: weights, and no optimizer yet
-        ("runs", "write_with", 1, False, {"trainable"}, 0),
-        ("scoring", "evaluate", 2, False, TRAINED | {"word_problems"}, 0),
-        ("scoring.pd.DataFrame", "to_csv", 3, True, TRAINED | {"word_problems"}, 1),
-        ("runs.PeftModel", "save_pretrained", 1, True, SCORED, 1),
-        ("runs", "write_json", 3, False, SCORED | {"adapter"}, 0),
-    ],
-    ids=["step", "checkpoint", "weights-log", "tasks", "predictions", "adapter", "conclusion"],
-)
-def test_killed_without_warning_and_continued_equals_undisturbed(
-    config, undisturbed, tmp_path, board, owner, name, call, after, left, partial
-):
-    folder = tmp_path / "run"
-    script = DRIVER.format(
-        tests=os.path.dirname(os.path.dirname(__file__)),
-        config=config().model_dump_json(),
-        folder=str(folder),
-        owner=owner,
-        name=name,
-        call=call,
-        after=after,
-    )
-    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    assert there(folder) == (left, partial)
-    if name == "write_json":
-        assert not (folder / "checkpoints").exists()
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_without_warning_and_continued_equals_undisturbed(config, undisturbed, killed, board, place):
+    """A real kill -9, in a process of its own."""
+    folder, ends = killed[0] / place, killed[1]
+    assert ends[place] == signal.SIGKILL
+    assert there(folder) == PLACES[place][-2:]
+    assert (folder / "checkpoints").exists() == (place != "conclusion")
     runs.execute(config(), folder, board)
     assert there(folder) == (SCORED | {"adapter", "metrics"}, 0)
     assert_same_result(undisturbed, folder)
