@@ -15,6 +15,9 @@ from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.speeds import read_speeds, readable_speeds
 from diablo_theory.reporting.steps import aims, draw_steps, read_steps, readable_steps, side_measures, summarise
 from diablo_theory.reporting.style import save
+from diablo_theory.reporting.suite_plots import methods, settings
+from diablo_theory.reporting.suite_tables import build_sections, readable_sections
+from diablo_theory.reporting.suites import Suites, read_suites
 from diablo_theory.reporting.tables import Tables, build, markdown, readable
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +25,12 @@ SAVED = HERE.parent / "paper_results" / "reproduced"
 README = HERE.parent / "README.md"
 SPEEDS = HERE.parent / "paper_results" / "speed"
 STEPS = HERE.parent / "paper_results" / "steps"
+SUITES = SAVED / "suites"
+SMALL = "Small scale: SmolLM2-135M on two CPU cores; not comparable to the paper's 7B numbers"
+COLLECT = (
+    "nothing saved for it yet; `diablo-theory sweep experiments/sweeps/small_scale.yaml --out results/small_scale` "
+    "and `diablo-theory collect results/small_scale --out paper_results/reproduced/suites` produce it"
+)
 END = "<!-- end of generated -->"
 IN_README = ("results", "differences", "costs")
 
@@ -41,7 +50,7 @@ def with_section(readme: str, name: str, body: str) -> str:
     return f"{before}{begin}{first_line}\n\n{body}\n{end}{after}"
 
 
-def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame, steps: Path) -> str:
+def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame, steps: Path, suites: Suites | None) -> str:
     """README's text with the tables of the saved results renewed."""
     words = readable(tables)
     times, contenders = read_steps(steps)
@@ -58,7 +67,14 @@ def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame, steps: Path) 
     for name, frames in sections.items():
         body = "\n".join(markdown(frame) for frame in frames)
         readme = with_section(readme, name, body + (f"\n{where[name]}\n" if name in where else ""))
-    return readme
+    if suites is None:
+        return readme
+    return with_section(readme, "paper_results/reproduced/suites", readable_sections(suites))
+
+
+def saved_suites() -> Suites | None:
+    """The collected runs of the paper's suites, or None while there are none."""
+    return read_suites(SUITES) if SUITES.is_dir() else None
 
 
 def measured_on(lines: pd.DataFrame) -> str:
@@ -90,7 +106,15 @@ def main(arguments: list[str] | None = None) -> int:
         written, skipped = save_figures(data, tables, options.out)
         if options.results == SAVED:
             written += save(draw_steps(summarise(*read_steps(STEPS))), options.out, "steps")
-            write_text(README, with_tables(README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS), STEPS))
+            suites = saved_suites()
+            if suites is None:
+                skipped["suites_methods, suites_settings"] = COLLECT
+            else:
+                sections = build_sections(suites)
+                written += save(methods(sections["methods"], SMALL), options.out, "suites_methods")
+                written += save(settings(sections, SMALL), options.out, "suites_settings")
+            renewed = with_tables(README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS), STEPS, suites)
+            write_text(README, renewed)
             written.append(README)
     except DiabloTheoryError as error:
         print(f"error: {error}", file=sys.stderr)
