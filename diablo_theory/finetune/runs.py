@@ -101,7 +101,9 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         fresh = [name for name in problems.score if name not in metrics["scores"]]
         metrics["scores"] |= score_tasks(config, folder, board, setup, problems)
         metrics["data"] |= digests
-        metrics.setdefault("scored_later", {}).update(dict.fromkeys(fresh, _environment(setup)))
+        if fresh:
+            later = dict.fromkeys(fresh, _environment(setup))
+            metrics["scored_later"] = metrics.get("scored_later", {}) | later
         metrics["conditions"] |= problems.conditions
         if PartialState().is_main_process:
             write_json(folder / METRICS, metrics)

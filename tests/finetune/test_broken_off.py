@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 from same_runs import assert_same_result
 
 from diablo_theory.finetune import runs, train
 from diablo_theory.finetune.config import resolve
+from diablo_theory.progress import Board
 
 SMALL = {
     "num_blocks": 6,
@@ -38,7 +40,8 @@ PLACES = {
     "tasks": ("scoring", "evaluate", 2, False, TRAINED | {"word_problems"}, 0),
     "predictions": ("scoring.pd.DataFrame", "to_csv", 3, True, TRAINED | {"word_problems"}, 1),
     "adapter": ("runs.PeftModel", "save_pretrained", 1, True, SCORED, 1),
-    "conclusion": ("runs", "write_json", 3, False, SCORED | {"adapter"}, 0),
+    "inputs": ("runs", "write_json", 2, False, set(), 0),  # noted, and the folder has no owner yet
+    "conclusion": ("runs", "write_json", 4, False, SCORED | {"adapter"}, 0),
 }
 #: Does a run in a process for each place, in a folder called after it, and kills that process there.
 DRIVER = """
@@ -84,10 +87,8 @@ def config(tiny_model):
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-    from conftest import SilentBoard
-
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    runs.execute(config(), folder, SilentBoard())
+    runs.execute(config(), folder, Board(Console(quiet=True)))
     return folder
 
 
@@ -115,7 +116,7 @@ def test_killed_without_warning_and_continued_equals_undisturbed(config, undistu
     folder, ends = killed[0] / place, killed[1]
     assert ends[place] == signal.SIGKILL
     assert there(folder) == PLACES[place][-2:]
-    assert (folder / "checkpoints").exists() == (place != "conclusion")
+    assert (folder / "checkpoints").exists() == (place not in ("inputs", "conclusion"))
     runs.execute(config(), folder, board)
     assert there(folder) == (SCORED | {"adapter", "metrics"}, 0)
     assert_same_result(undisturbed, folder)

@@ -117,7 +117,7 @@ def test_what_a_task_leaves_is_what_it_says(name, problems, scored, tmp_path):
 
 
 def test_sets_without_an_end_score_what_is_asked_for():
-    assert work(steps=3, epochs=None, eval_items=70).eval_items == 70
+    assert work(steps=3, epochs=None, warmup_steps=0, eval_items=70).eval_items == 70
 
 
 def test_samples_are_drawn_a_problem_at_a_time():
