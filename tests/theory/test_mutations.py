@@ -118,7 +118,7 @@ MUTANTS = [
         "_LOCKS.setdefault(place, threading.RLock())",
         "threading.RLock()",
         MERGED,
-        "over_one_weight_take_turns",
+        "waits_until_the_first_is_done",
         "every writer has a lock of its own",
     ),
     Mutant(

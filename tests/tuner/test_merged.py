@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from diablo_theory import ops
+from diablo_theory.ops import writing
 from diablo_theory.tuner import DiaBloLinear
 
 HALF = [torch.bfloat16, torch.float16]
@@ -151,6 +152,29 @@ def test_layers_over_one_weight_take_turns_in_threads():
         thread.join()
     assert not wrong
     assert torch.equal(first.base_layer.weight, weight)
+
+
+def test_a_second_layer_over_one_weight_waits_until_the_first_is_done(monkeypatch):
+    first, second = (adapted(24, 36, 4, dtype=torch.float32, std=0.1, seed=seed) for seed in (0, 1))
+    second.base_layer.weight = first.base_layer.weight
+    x, product, inside, together = torch.randn(5, 24), writing.linear, threading.Event(), threading.Event()
+
+    def lingering(*arguments):
+        if inside.is_set():
+            together.set()
+        inside.set()
+        together.wait(0.3)  # time enough for another thread to come in, if it can
+        out = product(*arguments)
+        inside.clear()
+        return out
+
+    monkeypatch.setattr(writing, "linear", lingering)
+    threads = [threading.Thread(target=layer, args=(x,)) for layer in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together.is_set()
 
 
 @pytest.mark.parametrize("change", ["merge", "unmerge"])
