@@ -121,7 +121,7 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
     problems = read_problems(config)
     setup = set_up(config, folder, board, load, problems.train)
     steps = 0 if setup.data is None else len(setup.data) // config.batch_size
-    label, model_sha256, digests = setup.prepared.label, setup.loaded.sha256, problems.digests()
+    digests, named = problems.digests(), _named(setup)
     _note_inputs(folder, setup, digests)
     attempts = [*_attempts(folder), _environment(setup)]
     if first:  # only a run that can start owns the folder
@@ -136,7 +136,7 @@ def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[
         scores = score_tasks(config, folder, board, setup, problems)
     except NonFiniteError as error:
         if first:
-            write_json(failed, {"label": label, "error": str(error), "model_sha256": model_sha256})
+            write_json(failed, named | {"error": str(error)})
         raise
     metrics = _metrics(config, folder, setup, log) | {
         "train_examples": len(problems.train),
@@ -168,7 +168,7 @@ def _environment(setup: Setup) -> dict[str, Any]:
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
     path = folder / ENVIRONMENT
-    return list(read_json(path)["attempts"]) if path.is_file() else []
+    return list(read_json(path).get("attempts", [])) if path.is_file() else []
 
 
 def _over_all(attempts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -202,19 +202,25 @@ def _loads_on_its_base(config: RunConfig) -> bool:
     return config.quantise is None and not (family.start and family.changes_base)
 
 
-def _metrics(config: RunConfig, folder: Path, setup: Setup, log: pd.DataFrame | None) -> dict[str, Any]:
+def _named(setup: Setup) -> dict[str, Any]:
+    """What trains on what, known before the first step: a run that diverges keeps it too."""
     loaded, prepared = setup.loaded, setup.prepared
     return {
+        "label": prepared.label,
+        "model_source": loaded.source,
+        "model_sha256": loaded.sha256,
+        "trainable_params": prepared.trainable_params,
+        "trainable_pct": 100 * prepared.trainable_params / prepared.total_params,
+    }
+
+
+def _metrics(config: RunConfig, folder: Path, setup: Setup, log: pd.DataFrame | None) -> dict[str, Any]:
+    return _named(setup) | {
         "run_id": folder.name,
         "suite": config.suite,
         "method": config.method,
-        "label": prepared.label,
         "model": config.model,
-        "model_source": loaded.source,
-        "model_sha256": loaded.sha256,
         "seed": config.seed,
-        "trainable_params": prepared.trainable_params,
-        "trainable_pct": 100 * prepared.trainable_params / prepared.total_params,
         "learning_rate": None if log is None else config.learning_rate,
         "steps": 0 if log is None else len(log),
         "train_seconds": None if log is None else float(log["seconds"].sum()),

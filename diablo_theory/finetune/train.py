@@ -80,12 +80,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.accelerator.sync_gradients:
             started = time.perf_counter()
             scaler = self.accelerator.scaler  # in float16 on a GPU: gradients are those of the loss times its scale
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            self._norms = {
-                f"grad_norm/{name}": _gradient_norm(model, part) / scale
-                for name, part in self._prepared.groups.items()
-            }
-            if self._has_diverged(loss, scale if scaler is not None else None):
+            scale = None if scaler is None else scaler.get_scale()
+            norms = {name: _gradient_norm(model, part) for name, part in self._prepared.groups.items()}
+            self._norms = {f"grad_norm/{name}": norm / (scale or 1.0) for name, norm in norms.items()}
+            if self._has_diverged(loss, scale):
                 self._stop(loss.item())
             self._timer.aside += time.perf_counter() - started
         return loss

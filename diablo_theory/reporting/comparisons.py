@@ -70,7 +70,9 @@ def scores(suites: Suites) -> pd.DataFrame:
     named = experiments(suites).merge(suites.configs, on="run_id")
     setting = suites.rows.drop_duplicates("run_id").set_index("run_id")["setting"]
     bases = [_base(*pair) for pair in zip(named["quantise"], named["dtype"], strict=True)]
-    about = named.assign(setting=named["run_id"].map(setting), base=bases).drop_duplicates("experiment")
+    about = named.assign(setting=named["run_id"].map(setting), base=bases)
+    # A finished run knows more of itself than one that diverged.
+    about = about.sort_values("state", ascending=False, kind="stable").drop_duplicates("experiment")
     kept = ["suite", "model", "method", "label", "setting", "alike", "scale", "trainable_params"]
     kept += ["learning_rate", "num_blocks", "base"]
     known = about.set_index("experiment")[kept].to_dict("index")

@@ -8,9 +8,9 @@ import pandas as pd
 
 from diablo_theory.reporting.comparisons import differences, scores
 from diablo_theory.reporting.suites import Suites
-from diablo_theory.reporting.tables import interval, markdown, task_name
+from diablo_theory.reporting.tables import interval, markdown, task_name, whole
 
-#: Metrics of a table, with their heading, digits, and heading and digits of the difference.
+#: Metrics of a table and of its differences, each with heading and digits.
 SHOWN = {
     "exact_match": ("Exact match, %", 1),
     "likelihood": ("By likelihood, %", 1),
@@ -114,7 +114,7 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({"Task": frame["task"].map(task_name), "Method": frame["label"]})
     if len(set(frame["base"])) > 1:
         table["Base"] = frame["base"]
-    table["Trainable"] = frame["trainable_params"].map(lambda count: f"{int(count):,}")
+    table["Trainable"] = frame["trainable_params"].map(whole)
     table["Learning rate"] = [
         "—" if method == "none" else f"{rate:.3g}"
         for method, rate in zip(frame["method"], frame["learning_rate"], strict=True)

@@ -258,12 +258,12 @@ def _readable_costs(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "Method": frame["label"],
-            "Trainable parameters": frame["trainable_params"].map(_whole),
+            "Trainable parameters": frame["trainable_params"].map(whole),
             "Share, %": frame["trainable_pct"].map(_short),
             "Step time / full": _intervals(frame, "step_ratio", 2),
-            "Memory at rest, MiB": frame["static_mib"].map(_whole),
-            "Added by a step, MiB": frame["step_peak_mib"].map(_whole),
-            "Peak, MiB": frame["peak_mib"].map(_whole),
+            "Memory at rest, MiB": frame["static_mib"].map(whole),
+            "Added by a step, MiB": frame["step_peak_mib"].map(whole),
+            "Peak, MiB": frame["peak_mib"].map(whole),
         }
     )
 
@@ -290,5 +290,6 @@ def _short(value: float) -> str:
     return "—" if pd.isna(value) else f"{value:.3g}".replace("-", "−")
 
 
-def _whole(value: float) -> str:
+def whole(value: float) -> str:
+    """Write a number without its decimals, or an em dash if it was not measured."""
     return "—" if pd.isna(value) else f"{value:,.0f}"

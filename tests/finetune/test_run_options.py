@@ -23,28 +23,8 @@ from diablo_theory.finetune.tasks import TASKS, Decoding, Example, Task
 from diablo_theory.finetune.tasks.base import in_both
 from diablo_theory.quantise import QuantiseConfig, quantise
 
-SMALL = {
-    "num_blocks": 6,
-    "steps": 5,
-    "batch_size": 4,
-    "warmup_steps": 2,
-    "save_every": 2,
-    "eval_items": 6,
-    "eval_batch_size": 4,
-    "learning_rate": 1e-2,
-    "device": "cpu",
-}
 #: Methods whose extra is not installed.
 NOT_HERE = () if find_spec("galore_torch") else ("galore",)
-
-
-@pytest.fixture
-def do(tiny_model, tmp_path, board):
-    def run(name, **changes):
-        config = resolve(SMALL, {"model": str(tiny_model)}, changes)
-        return runs.execute(config, tmp_path / name, board), tmp_path / name
-
-    return run
 
 
 @pytest.fixture
@@ -151,7 +131,7 @@ def test_peft_reads_the_adapter_of_a_run(do, tiny_model):
         assert torch.equal(saved[name], value)
 
 
-def test_data_that_are_not_there_are_told_before_the_model_is_loaded(tiny_model, tmp_path, board, monkeypatch):
+def test_data_that_are_not_there_are_told_before_the_model_is_loaded(small, tiny_model, tmp_path, board, monkeypatch):
     def absent(wanted):
         raise ConfigError("no such data")
 
@@ -161,7 +141,7 @@ def test_data_that_are_not_there_are_told_before_the_model_is_loaded(tiny_model,
         raise AssertionError
 
     with pytest.raises(ConfigError, match="no such data"):
-        runs.execute(resolve(SMALL), tmp_path / "run", board, load=never)
+        runs.execute(resolve(small), tmp_path / "run", board, load=never)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -183,13 +163,13 @@ def test_only_small_runs_may_use_cut_files(tmp_path, scale, cut):
             read_problems(config)
 
 
-def test_a_task_that_may_not_be_scored_says_so_first(tmp_path, board, monkeypatch):
+def test_a_task_that_may_not_be_scored_says_so_first(small, tmp_path, board, monkeypatch):
     def refuse():
         raise ConfigError("not allowed here")
 
     monkeypatch.setitem(TASKS, "word_problems", replace(TASKS["word_problems"], ready=refuse))
     with pytest.raises(ConfigError, match="not allowed here"):
-        runs.execute(resolve(SMALL), tmp_path / "run", board)
+        runs.execute(resolve(small), tmp_path / "run", board)
 
 
 def test_where_a_run_is_done_does_not_make_it_another(do, tmp_path):
@@ -307,13 +287,13 @@ def test_a_method_that_changes_the_base_refuses_nothing_but_what_cannot_be(do):
         do("bits", quantise={"method": "torchao-int4", "bits": 3})
 
 
-def test_a_base_that_takes_long_is_made_once_and_again_only_for_another(tiny_model, tmp_path, monkeypatch):
+def test_a_base_that_takes_long_is_made_once_and_again_only_for_another(small, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("DIABLO_THEORY_CACHE", str(tmp_path))
     calls = []
     monkeypatch.setattr(bases, "quantise", lambda *arguments: calls.append(1) or quantise(*arguments))
 
     def made(seed=0, **how):
-        config = resolve(SMALL, {"model": str(tiny_model), "seed": seed})
+        config = resolve(small, {"model": str(tiny_model), "seed": seed})
         way = QuantiseConfig(**{"method": "optq", "bits": 3, "items": 4, "length": 32} | how)
         loaded = load_model(str(tiny_model), "cpu")
         report = bases.quantised_base(loaded.model, loaded.tokenizer, config, way, lambda finished: None)

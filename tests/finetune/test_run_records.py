@@ -14,27 +14,6 @@ from diablo_theory.finetune import runs, train
 from diablo_theory.finetune.config import load_run, resolve
 from diablo_theory.methods import move_state
 
-SMALL = {
-    "num_blocks": 6,
-    "steps": 5,
-    "batch_size": 4,
-    "warmup_steps": 2,
-    "save_every": 2,
-    "eval_items": 6,
-    "eval_batch_size": 4,
-    "learning_rate": 1e-2,
-    "device": "cpu",
-}
-
-
-@pytest.fixture
-def do(tiny_model, tmp_path, board):
-    def run(name="run", **changes):
-        config = resolve(SMALL, {"model": str(tiny_model)}, changes)
-        return runs.execute(config, tmp_path / name, board), tmp_path / name
-
-    return run
-
 
 @pytest.fixture
 def stopped(do, monkeypatch):

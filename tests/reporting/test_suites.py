@@ -2,11 +2,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from diablo_theory.errors import ResultsError
-from diablo_theory.finetune import runs
+from diablo_theory.errors import NonFiniteError, ResultsError
+from diablo_theory.finetune import runs, train
 from diablo_theory.finetune.config import resolve
 from diablo_theory.progress import Board
 from diablo_theory.reporting.comparisons import differences, experiments, scores
+from diablo_theory.reporting.suite_tables import build_sections, readable_section
 from diablo_theory.reporting.suites import collect_suites, read_suites, save_suites
 
 TINY = {
@@ -45,6 +46,26 @@ def test_everything_is_collected_and_comes_back_as_it_was(done, tmp_path):
     pd.testing.assert_frame_equal(scores(again), scores(suites))
     save_suites(suites, tmp_path)
     assert before == [file.read_bytes() for file in files]
+
+
+def test_a_run_that_diverged_is_collected_too(tiny_model, tmp_path, monkeypatch):
+    config = resolve(TINY, {"model": str(tiny_model), "method": "none"})
+    runs.execute(config, tmp_path / "word_problems" / "none", Board(Console(quiet=True)))
+    loss = train.AdapterTrainer.compute_loss
+    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", lambda self, *a, **k: loss(self, *a, **k) * float("nan"))
+    with pytest.raises(NonFiniteError):
+        runs.execute(
+            resolve(TINY, {"model": str(tiny_model)}),
+            tmp_path / "word_problems" / "diablo",
+            Board(Console(quiet=True)),
+        )
+    suites = collect_suites(tmp_path)
+    assert dict(suites.configs[["method", "state"]].to_numpy()) == {"none": "finished", "diablo": "diverged"}
+    save_suites(suites, tmp_path / "kept")
+    for kept in (suites, read_suites(tmp_path / "kept")):
+        row = readable_section(build_sections(kept)["methods"]).set_index("Method").loc["DiaBlo N=6"]
+        assert (row["Held-out loss, nats/token"], row["Seeds"]) == ("—", "0 of 1, others diverged")
+        assert int(row["Trainable"].replace(",", "")) > 0
 
 
 def test_no_text_of_a_problem_is_kept(done, tmp_path):
