@@ -118,7 +118,7 @@ MUTANTS = [
         "_LOCKS.setdefault(place, threading.RLock())",
         "threading.RLock()",
         MERGED,
-        "waits_until_the_first_is_done",
+        "no_other_layer_over_the_same_weight",
         "every writer has a lock of its own",
     ),
     Mutant(

@@ -154,27 +154,22 @@ def test_layers_over_one_weight_take_turns_in_threads():
     assert torch.equal(first.base_layer.weight, weight)
 
 
-def test_a_second_layer_over_one_weight_waits_until_the_first_is_done(monkeypatch):
+def test_during_a_product_no_other_layer_over_the_same_weight_gets_its_lock(monkeypatch):
     first, second = (adapted(24, 36, 4, dtype=torch.float32, std=0.1, seed=seed) for seed in (0, 1))
-    second.base_layer.weight = first.base_layer.weight
-    x, product, inside, together = torch.randn(5, 24), writing.linear, threading.Event(), threading.Event()
+    second.base_layer.weight = weight = first.base_layer.weight
+    product, got = writing.linear, []
 
-    def lingering(*arguments):
-        if inside.is_set():
-            together.set()
-        inside.set()
-        together.wait(0.3)  # time enough for another thread to come in, if it can
-        out = product(*arguments)
-        inside.clear()
-        return out
+    def observed(*arguments):
+        # A lock is the thread's that holds it: only another thread can tell whether it is free.
+        lock = second._writer.lock(weight)
+        other = threading.Thread(target=lambda: got.append(lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return product(*arguments)
 
-    monkeypatch.setattr(writing, "linear", lingering)
-    threads = [threading.Thread(target=layer, args=(x,)) for layer in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not together.is_set()
+    monkeypatch.setattr(writing, "linear", observed)
+    first(torch.randn(5, 24))
+    assert got == [False]
 
 
 @pytest.mark.parametrize("change", ["merge", "unmerge"])
