@@ -145,8 +145,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "Delete it and run the same command again.") -> dict[str, Any]:
     """A file that holds one JSON object.
+
+    Args:
+        path: The file.
+        advice: What to do where it is damaged.
 
     Raises:
         ResultsError: If it does not; the message says which file and what to do.
@@ -154,9 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(
-            f"{path} is truncated or damaged ({error}). Delete it and run the same command again."
-        ) from error
+        raise ResultsError(f"{path} is truncated or damaged ({error}). {advice}") from error
     if not isinstance(value, dict):
         raise ResultsError(f"{path} holds a {type(value).__name__}; a JSON object is needed.")
     return value

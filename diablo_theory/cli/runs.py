@@ -339,12 +339,15 @@ def collect(
     Example: `diablo-theory collect results/small_scale --out paper_results/reproduced/suites`
     """
     from diablo_theory.cli.common import wrote
-    from diablo_theory.reporting.suite_tables import build_sections, readable_section, title
+    from diablo_theory.reporting.records import not_ended
+    from diablo_theory.reporting.suite_tables import readable_sections
     from diablo_theory.reporting.suites import collect_suites, save_suites
-    from diablo_theory.reporting.terminal import terminal_table
+    from diablo_theory.reporting.terminal import ascii_text
 
     require_folder(out)
     suites = collect_suites(runs)
-    for name, section in build_sections(suites).items():
-        console.print(terminal_table(readable_section(section), title(name)))
+    # Not drawn as a table of the terminal's width: that cuts numbers off where it is narrow.
+    say(ascii_text(readable_sections(suites)))
+    if left := [folder.relative_to(runs).as_posix() for folder in not_ended(runs)]:
+        say(f"left out, since they have not ended (see `diablo-theory status {runs}`): {', '.join(left)}")
     wrote(save_suites(suites, out))

@@ -40,17 +40,42 @@ def experiments(suites: Suites) -> pd.DataFrame:
             "alike": text.groupby(shared, sort=False, dropna=False).ngroup(),
         }
     )
-    _require_one(named, configs, "conditions", "were scored under different conditions")
+    runs = named.merge(configs, on="run_id")
+    finished, digests = runs[runs["state"] == "finished"], _digests(runs)
+    _require_one(finished, ["experiment"], "conditions", "were scored under different conditions")
+    _require_one(digests.dropna(), ["alike", "task"], "digest", "were not scored on the same problems")
+    _require_one(digests, ["experiment", "task", "seed"], "run_id", "are the same experiment with the same seed")
     return named
 
 
-def _require_one(named: pd.DataFrame, configs: pd.DataFrame, column: str, what: str) -> None:
-    """Refuse to put runs into one number that differ in something which their configuration does not say."""
-    ended = configs[configs["state"] == "finished"].merge(named)
-    several = ended.groupby("experiment")[column].agg(lambda values: len(set(values.astype(str))) > 1)
-    if several.any():
-        same = ended[ended["experiment"] == several.idxmax()].drop_duplicates(column)["run_id"]
-        raise ResultsError(f"{same.iloc[0]} and {same.iloc[1]} {what}, so they are not one experiment")
+def _require_one(runs: pd.DataFrame, same: list[str], column: str, what: str) -> None:
+    """Refuse to put runs together that differ in something which their configuration does not say.
+
+    Args:
+        runs: With run_id.
+        same: Columns by which runs belong together.
+        column: What must be one thing in all of those.
+        what: Two runs that break this, in words.
+    """
+    for _, group in runs.groupby(same, sort=False):
+        one_each = group.assign(**{column: group[column].astype(str)}).drop_duplicates(column)
+        if len(one_each) > 1:
+            first, second = one_each.iloc[0], one_each.iloc[1]
+            on = f" ({second['task']})" if "task" in same else ""
+            raise ResultsError(
+                f"{first['run_id']} and {second['run_id']} {what}{on}: move one of them away, or do it again"
+            )
+
+
+def _digests(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a run and task: the digest of the problems that it was scored on; None where it diverged."""
+    rows = []
+    for run in runs.to_dict("records"):
+        finished = run["state"] == "finished"
+        scored = json.loads(run["data"]) if finished else dict.fromkeys(json.loads(run["evaluate_on"]))
+        same = {key: run[key] for key in ("run_id", "experiment", "alike", "seed")}
+        rows += [same | {"task": task, "digest": digest} for task, digest in scored.items() if task != "train"]
+    return pd.DataFrame(rows, columns=["run_id", "experiment", "alike", "seed", "task", "digest"])
 
 
 def _config_keys(configs: pd.DataFrame) -> list[str]:

@@ -102,16 +102,16 @@ def score(items: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
         return Estimate(value, bound.low, bound.high, 0.0, n, seeds)
     (draws,) = _resample([(top, bottom)], clusters, seed)
     found = _estimate(draws, _by_seed(top, bottom), units, n)
-    if percentage:
-        return replace(found, low=max(found.low, 0.0), high=min(found.high, 100.0))
-    return found
+    # Nothing measured lies below nought: Student's interval over seeds that differ much may.
+    return _within(found, 0.0, 100.0 if percentage else np.inf)
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
     """Difference ``first - second`` of two methods' scores over the same problems and the seeds both have.
 
     Each resample draws clusters of problems once for both methods; seeds enter as :func:`_estimate` says. Percentages
-    that do not vary (all solved or none, on either side) get Newcombe's interval over the clusters instead.
+    that leave nothing to resample get an interval over the clusters: Newcombe's where neither side varies (all solved
+    or none), and where both solved the very same problems, as far either way as Wilson's goes for no cluster of all.
 
     Args:
         first: Rows of one task and method.
@@ -138,10 +138,20 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, se
     by_seed = _by_seed(top1, bottom1) - _by_seed(top2, bottom2)
     units = int(clusters.max()) + 1
     found = _estimate(one - two, by_seed, units, top1.shape[1])
-    if _columns(metric)[1] is None and all(np.ptp(top) == 0 for top in (top1, top2)):
+    if _columns(metric)[1] is not None:
+        return found
+    if all(np.ptp(top) == 0 for top in (top1, top2)):
         low, high = _newcombe(float(_by_seed(top1, bottom1).mean()), float(_by_seed(top2, bottom2).mean()), units)
         return replace(found, low=low, high=high)
-    return found
+    if (top1 == top2).all():
+        bound = wilson(0, units).high
+        return replace(found, low=-bound, high=bound)
+    return _within(found, -100.0, 100.0)
+
+
+def _within(found: Estimate, least: float, most: float) -> Estimate:
+    """An estimate whose interval ends where its quantity does, which loses no coverage."""
+    return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
 def _newcombe(first: float, second: float, units: int) -> tuple[float, float]:
@@ -209,7 +219,7 @@ def _estimate(draws: Floats, by_seed: Floats, units: int, n: int) -> Estimate:
 def _cube(items: pd.DataFrame, metric: str) -> tuple[Floats, Floats, npt.NDArray[np.intp]]:
     """Numerator and denominator as (seeds, items), and each item's cluster as a number from 0."""
     above, below, factor = _columns(metric)
-    problems = items[["item", "prompt"]].drop_duplicates()
+    problems = items[["item", "prompt", "cluster"]].drop_duplicates()
     if problems["item"].duplicated().any() or len(items) != len(problems) * items["seed"].nunique():
         raise ResultsError(f"{_name(items)}: the seeds did not answer the same test problems, each once.")
     top = items.pivot_table(index="seed", columns="item", values=above, dropna=False).to_numpy(dtype=float) * factor
@@ -246,14 +256,16 @@ def _resample(sides: list[tuple[Floats, Floats]], clusters: npt.NDArray[np.intp]
 
 
 def _same_problems(first: pd.DataFrame, second: pd.DataFrame) -> None:
-    columns = ["item", "prompt", "answer", "tokens"]
+    columns = ["item", "cluster", "prompt", "answer", "tokens"]
     one, two = (side[columns].drop_duplicates().sort_values("item", ignore_index=True) for side in (first, second))
     if not one.equals(two):
         raise ResultsError(
-            f"{_name(first)} and {_name(second)} were not tested on the same problems (prompts, answers or token "
-            "counts differ), so no paired difference exists. Run both again with the same task settings."
+            f"{_name(first)} and {_name(second)} were not tested on the same problems (prompts, answers, "
+            "clusters or token counts differ), so no paired difference exists. Run both again with the same task "
+            "settings."
         )
 
 
 def _name(items: pd.DataFrame) -> str:
-    return str(items["label"].iloc[0]) if "label" in items and len(items) else "A method"
+    name = str(items["label"].iloc[0]) if "label" in items and len(items) else "A method"
+    return f"{name} ({', '.join(items['run_id'].unique())})" if "run_id" in items else name

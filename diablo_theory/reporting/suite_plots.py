@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import dots, line, plain_ticks
 from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
-from diablo_theory.reporting.tables import task_name
+from diablo_theory.reporting.tables import TASK_NAMES, task_name
 
 LOSS = "held-out loss, nats/token"
+TITLES = {"learning_rates": "Learning rate", "patterns": "Patterns", "blocks": "Number of blocks", "bases": "Bases"}
+#: A loss beyond so many times the least one is written at the edge of a panel, which would be empty otherwise.
+FAR = 3
 
 
 @styled
@@ -25,6 +30,7 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         table: The section ``methods``.
         note: The line about the scale.
     """
+    foot = _foot([table], note)
     table = table.dropna(subset=["loss_per_token"])
     tasks = list(dict.fromkeys(table["task"]))
     lines = max(table["task"].value_counts())
@@ -37,36 +43,61 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         dots(left, same, "exact_match", look, "{:.1f}")
         left.set(title=f"{task_name(task)}, {problems} problems, {seeds} seeds", xlim=(-3, 118))
         left.set_xticks(range(0, 101, 25))
-        dots(right, same, "loss_per_token", look, "{:.3f}")
-        _fit(right, same[same["method"] != "none"])
-        _point_to_what_lies_outside(right, same)
+        _losses(right, same, look)
         right.set_yticklabels([])
     panels[-1, 0].set_xlabel("exact match, % (more is better)")
     panels[-1, 1].set_xlabel(f"{LOSS} (less is better)")
-    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    figure.supxlabel(foot, fontsize=8, color=GREY)
     return figure
 
 
 @styled
 def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
-    """Held-out loss over the learning rate and N, of the sparsity patterns, and on bases of 4 bits.
+    """Held-out loss over the learning rate and N, of the sparsity patterns, and on quantised bases.
 
     Args:
         sections: From :func:`~.suite_tables.build_sections`; a panel for each of these four that is there.
         note: The line about the scale.
+
+    Raises:
+        ResultsError: If a section holds several tasks, which one panel cannot show.
     """
-    drawers = {"learning_rates": _rates, "blocks": _blocks, "patterns": _rows, "bases": _rows}
+    # Rows with long names stand in one column, so that they take room from each other alone.
+    drawers = {"learning_rates": _rates, "patterns": _rows, "blocks": _blocks, "bases": _rows}
     present = [name for name in drawers if name in sections]
     rows = (len(present) + 1) // 2
     figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * rows))
     panels = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, name in zip(panels, present, strict=False):
         drawers[name](axes, sections[name].dropna(subset=["loss_per_token"]).reset_index(drop=True))
-        axes.set_title({"learning_rates": "Learning rate", "blocks": "Number of blocks"}.get(name, name.capitalize()))
+        axes.set_title(f"{TITLES[name]}, {_task_of(name, sections[name])}")
     for axes in panels[len(present) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    figure.supxlabel(_foot([sections[name] for name in present], note), fontsize=8, color=GREY)
     return figure
+
+
+def _task_of(panel: str, section: pd.DataFrame) -> str:
+    tasks = [str(task) for task in dict.fromkeys(section["task"])]
+    if len(tasks) > 1:
+        raise ResultsError(f"the section {panel} holds {' and '.join(tasks)}; a panel of the figure shows one task")
+    name = task_name(tasks[0])
+    return name if tasks[0] in TASK_NAMES else name.lower()
+
+
+def _foot(tables: Sequence[pd.DataFrame], note: str) -> str:
+    """What the bars are, and which seeds are in no number since they diverged."""
+    rows = pd.concat(tables)
+    one = ((rows["seeds"] == 1) & (rows["method"] != "none")).any()
+    bars = f"Bars: 95% intervals over problems and seeds{' (of one seed: over problems alone)' if one else ''}."
+    lost = rows[rows["diverged"] > 0].drop_duplicates(["experiment", "task"]).to_dict("records")
+    names = [
+        f"{row['label']} on {task_name(row['task'])} at rate {row['learning_rate']:g}, "
+        f"{row['diverged']} of {row['diverged'] + row['seeds']}"
+        for row in lost
+    ]
+    gone = f" Seeds that diverged: {'; '.join(names)}." if names else ""
+    return textwrap.fill(f"{bars} {note}{gone}", 120)
 
 
 def _looks(table: pd.DataFrame) -> dict[str, Look]:
@@ -74,17 +105,17 @@ def _looks(table: pd.DataFrame) -> dict[str, Look]:
     return looks([(str(label), str(method)) for label, method in pairs])
 
 
-def _fit(axes: Axes, table: pd.DataFrame) -> None:
-    low, high = table["loss_per_token_low"].min(), table["loss_per_token_high"].max()
+def _losses(axes: Axes, table: pd.DataFrame, look: Mapping[str, Look]) -> None:
+    """A row an experiment; what has learnt nothing, or collapsed, is pointed to where it lies far from the others."""
+    dots(axes, table, "loss_per_token", dict(look), "{:.3f}")
+    near = table[table["loss_per_token"] <= FAR * table["loss_per_token"].min()]
+    low, high = near["loss_per_token_low"].min(), near["loss_per_token_high"].max()
     axes.set_xlim(low - 0.05 * (high - low), high + 0.3 * (high - low))
-
-
-def _point_to_what_lies_outside(axes: Axes, table: pd.DataFrame) -> None:
-    """The untouched model can be far away from the trained ones."""
     end = axes.get_xlim()[1]
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for place, loss in enumerate(table["loss_per_token"]):
         if loss > end:
-            axes.annotate(f"{loss:.3f} →", (end, place), ha="right", va="center", fontsize=8)
+            axes.annotate(f"{loss:.3f} →", (end, place), ha="right", va="center", fontsize=8, bbox=behind)
 
 
 def _curve(axes: Axes, table: pd.DataFrame, over: str, look: Look, label: str) -> None:
@@ -118,8 +149,7 @@ def _blocks(axes: Axes, table: pd.DataFrame) -> None:
 def _rows(axes: Axes, table: pd.DataFrame) -> None:
     look = _looks(table)
     named = table.assign(label=_with_base(table))
-    dots(axes, named, "loss_per_token", dict(zip(named["label"], table["label"].map(look), strict=True)), "{:.3f}")
-    _fit(axes, table)
+    _losses(axes, named, dict(zip(named["label"], table["label"].map(look), strict=True)))
     axes.set_xlabel(LOSS)
 
 

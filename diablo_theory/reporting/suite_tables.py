@@ -16,7 +16,16 @@ SHOWN = {
     "likelihood": ("By likelihood, %", 1),
     "loss_per_token": ("Held-out loss, nats/token", 4),
 }
-LESS = {"exact_match": ("less DiaBlo, points", 1), "loss_per_token": ("less DiaBlo, nats/token", 4)}
+LESS = {
+    "exact_match": ("Exact match minus DiaBlo's, points", 1),
+    "loss_per_token": ("Loss minus DiaBlo's, nats/token", 4),
+}
+#: What every number of these tables is.
+NOTE = (
+    "Means over seeds; in parentheses 95% intervals over problems and seeds (of one seed: over problems alone), cut "
+    "off where a quantity ends. Differences are to DiaBlo on the same base, paired over the problems and seeds that "
+    "both have."
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ SECTIONS = {
     "methods": Section("Methods at equal numbers of trainable parameters"),
     "blocks": Section("Number of blocks", ("blocks",), ("diablo",)),
     "patterns": Section("Sparsity patterns at equal counts", ("patterns",), ("diablo",)),
-    "bases": Section("Bases of 4 bits", ("quantised",), ("diablo", "lora")),
+    "bases": Section("Quantised bases", ("quantised",), ("diablo", "lora")),
     "learning_rates": Section("Learning rates", ("learning_rate",), ("diablo", "lora")),
 }
 
@@ -52,6 +61,8 @@ def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
         to DiaBlo as ``exact_match_less``, ``exact_match_less_low``, ...
     """
     suites = _of_tests(suites)
+    if suites.configs.empty:
+        return {}
     less = differences(suites).drop(columns=["reference", "n", "seeds"])
     wide = _wide(scores(suites), "").join(_wide(less, "_less")).reset_index()
     own = wide["suite"] == wide["task"]
@@ -114,6 +125,8 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({"Task": frame["task"].map(task_name), "Method": frame["label"]})
     if len(set(frame["base"])) > 1:
         table["Base"] = frame["base"]
+    if len(set(frame["scale"])) > 1:
+        table["Scale"] = frame["scale"]
     table["Trainable"] = frame["trainable_params"].map(whole)
     table["Learning rate"] = [
         "—" if method == "none" else f"{rate:.3g}"
@@ -127,7 +140,7 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
             table[heading] = _intervals(frame, f"{metric}_less", digits, sign=True)
     table["Problems"] = frame["n"].map(str)
     table["Seeds"] = [
-        f"{seeds} of {seeds + lost}, others diverged" if lost else str(seeds)
+        f"{seeds} of {seeds + lost}, {'others' if seeds else 'all'} diverged" if lost else str(seeds)
         for seeds, lost in zip(frame["seeds"], frame["diverged"], strict=True)
     ]
     return table
@@ -145,15 +158,17 @@ def summary(suites: Suites) -> str:
     lost = f" and {ended['diverged']} that diverged" if "diverged" in ended else ""
     trained = configs["train_seconds"].sum() / 3600
     made = configs[configs["state"] == "finished"]
-    where = ", ".join(
-        f"{device} ({cpu})" for device, cpu in sorted(set(zip(made["device"], made["cpu"], strict=True)))
-    )
+    scales = " and ".join(sorted(set(configs["scale"])))
+    machines = set(zip(made["device"].astype(str), made["cpu"].astype(str), strict=True))
+    where = ", ".join(f"{device} ({cpu})" for device, cpu in sorted(machines))
     commits = ", ".join(sorted({str(commit)[:10] for commit in made["commit"]}))
     changed = " (with changes)" if made["dirty"].astype(bool).any() else ""
-    return f"{ended['finished']} runs{lost}, {trained:.1f} h of training on {where}; commit {commits}{changed}."
+    runs = f"{ended['finished']} runs{lost} at {scales} scale"
+    return f"{runs}, {trained:.1f} h of training on {where}; commit {commits}{changed}."
 
 
 def readable_sections(suites: Suites) -> str:
     """All sections as Markdown: a title and a table each, and what they are made of."""
     parts = [f"**{title(name)}**\n\n{markdown(readable_section(s))}" for name, s in build_sections(suites).items()]
-    return "\n".join([*parts, summary(suites) + "\n"])
+    note = NOTE if parts else "No run here was scored on test problems, so there is no table."
+    return "\n".join([*parts, f"{note} {summary(suites)}\n"])

@@ -18,9 +18,10 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.files import read_json, write_with
+from diablo_theory.files import write_with
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, score
-from diablo_theory.reporting.results import COLUMNS, ITEM_TEXT, SCHEMA_VERSION, validate_rows
+from diablo_theory.reporting.records import ended, read_outcomes, read_record
+from diablo_theory.reporting.results import COLUMNS, SCHEMA_VERSION, validate_rows
 
 #: Files of a collection.
 ROWS, CONFIGS, OUTCOMES = "rows.csv", "configs.csv", "outcomes.csv.gz"
@@ -46,23 +47,23 @@ def collect_suites(root: Path) -> Suites:
     """All runs below a folder that have ended: finished ones, and diverged ones, which have no scores.
 
     Raises:
-        ResultsError: If there is none, or a file of one is damaged.
+        ResultsError: If there is none, a file of one is missing or damaged, or its files disagree.
     """
-    files = [path for name in ("metrics.json", "failed.json") for path in root.rglob(name)]
-    folders = sorted({path.parent for path in files if not path.parent.name.startswith(".")})
+    if not root.is_dir():
+        raise ResultsError(f"{root} is no folder")
+    folders = ended(root)
     if not folders:
         raise ResultsError(f"{root} holds no finished runs; `diablo-theory sweep` makes some")
     configs, outcomes, rows = [], [], []
     for folder in folders:
         run_id = folder.relative_to(root).as_posix()
+        record = read_record(folder)
         # Where the data lay says nothing about a run: what they were is in their digests.
-        config = read_json(folder / "config.json") | {"data_root": None}
-        finished = (folder / "metrics.json").is_file()
-        metrics = read_json(folder / ("metrics.json" if finished else "failed.json"))  # both have label, model_sha256
+        config, metrics = record.config | {"data_root": None}, record.metrics
         about = {"run_id": run_id} | _flat(config) | {"label": metrics["label"]}
-        configs.append(about | {"state": "finished" if finished else "diverged"} | _flat(_measured(metrics)))
+        configs.append(about | {"state": "finished" if record.finished else "diverged"} | _flat(_measured(metrics)))
         for task in metrics.get("scores", {}):
-            items = _outcomes(folder / "predictions" / f"{task}.csv", metrics["scores"][task]["n"])
+            items = _outcomes(folder / "predictions" / f"{task}.csv", metrics["scores"][task])
             named = {"run_id": run_id, "task": task, "seed": config["seed"], "label": metrics["label"]}
             outcomes.append(items.assign(**named))
             rows += list(_rows(run_id, task, config, metrics, outcomes[-1]))
@@ -87,13 +88,8 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: metrics.get(name) for name in names} | inputs | {name: made.get(name) for name in where}
 
 
-def _outcomes(file: Path, n: int) -> pd.DataFrame:
-    try:
-        items: pd.DataFrame = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(ITEM_TEXT, str))
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error})") from error
-    if len(items) != n:
-        raise ResultsError(f"{file} holds {len(items)} problems where metrics.json says {n}")
+def _outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
+    items = read_outcomes(file, scores)
     for name in ("cluster", "prompt", "answer"):
         items[name] = items[name].map(lambda text: hashlib.sha256(text.encode()).hexdigest()[:12])
     return items.drop(columns=["gold", "completion"])
@@ -162,16 +158,26 @@ def read_suites(folder: Path) -> Suites:
     """A collection that :func:`save_suites` wrote.
 
     Raises:
-        ResultsError: If a file is missing or damaged, or a row does not fit the schema.
+        ResultsError: If a file is missing or damaged, they are not of one collection, or a row is of another schema.
     """
     frames = []
+    as_text = dict.fromkeys(("run_id", "task", "label", "cluster", "prompt", "answer"), str)  # a digest may be digits
     for name in (ROWS, CONFIGS, OUTCOMES):
         try:
-            frames.append(pd.read_csv(folder / name))
+            frames.append(pd.read_csv(folder / name, dtype=as_text))
         except (ValueError, OSError, EOFError) as error:
             raise ResultsError(
                 f"{folder / name} cannot be read ({error}); `diablo-theory collect` writes it"
             ) from error
     rows, configs, outcomes = frames
-    rows["note"] = rows["note"].fillna("")
+    try:
+        rows["note"] = rows["note"].fillna("")
+        finished = set(configs.loc[configs["state"] == "finished", "run_id"])
+        whole = finished == set(outcomes["run_id"]) == set(rows["run_id"])
+    except KeyError as error:
+        raise ResultsError(f"a file in {folder} lacks the column {error}; `diablo-theory collect` writes it") from None
+    if not whole:
+        raise ResultsError(
+            f"{ROWS}, {CONFIGS} and {OUTCOMES} in {folder} are not of the same runs: `diablo-theory collect` again"
+        )
     return Suites(validate_rows(rows), configs, outcomes)

@@ -100,8 +100,24 @@ def test_seeds_are_averaged_and_resampled():
 def test_the_same_answers_differ_by_nothing():
     exact = np.random.default_rng(0).integers(0, 2, 30)
     found = intervals.paired_difference(frame(exact), frame(exact), "exact_match")
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    # No problem of 30 told them apart: of how many others could one do so?
+    bound = intervals.wilson(0, 30).high
+    assert (found.value, found.low, found.high) == (0, -bound, bound)
     assert found.contains_zero
+
+
+def test_intervals_end_where_their_quantity_does():
+    """Three seeds of which one has collapsed: Student's interval alone goes far beyond what can be."""
+    rng = np.random.default_rng(0)
+    exact, loss = (rng.random((3, 60)) < 0.8).astype(int), rng.gamma(2.0, 1.0, (3, 60))
+    exact[1], loss[1] = 0, 50
+    one = pd.concat([frame(exact[s], loss=loss[s], seed=s) for s in range(3)])
+    other = pd.concat([frame((rng.random(60) < 0.8).astype(int), seed=s) for s in range(3)])
+    assert intervals.score(one, "loss_per_token").low == 0.0
+    assert intervals.score(one, "exact_match").low == 0.0
+    assert intervals.paired_difference(one, other, "exact_match").low == -100.0
+    assert intervals.paired_difference(other, one, "exact_match").high == 100.0
+    assert intervals.paired_difference(other, one, "loss_per_token").low < 0  # which a difference may be
 
 
 def test_paired_is_narrower_than_unpaired():
@@ -126,6 +142,11 @@ def test_different_problems_are_refused():
     one = frame([1, 0, 1], label="DiaBlo N=64")
     with pytest.raises(ResultsError, match="DiaBlo N=64 and LoRA r=5 were not tested on the same problems"):
         intervals.paired_difference(one, one.assign(prompt="other", label="LoRA r=5"), "exact_match")
+    named = one.assign(run_id="a/b", label="M")
+    with pytest.raises(ResultsError, match=r"M \(a/b\) and M \(a/b\) were not tested on the same problems"):
+        intervals.paired_difference(named, named.assign(cluster="other"), "exact_match")
+    with pytest.raises(ResultsError, match="seeds did not answer the same test problems"):
+        intervals.score(pd.concat([one, one.assign(seed=1, cluster="other")]), "exact_match")
     with pytest.raises(ResultsError, match="seeds did not answer the same test problems"):
         intervals.score(pd.concat([one, frame([1, 0], seed=1)]), "exact_match")
 

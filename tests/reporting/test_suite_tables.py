@@ -9,12 +9,13 @@ import pytest
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.style import save
 from diablo_theory.reporting.suite_plots import methods, settings
-from diablo_theory.reporting.suite_tables import build_sections, readable_section, title
+from diablo_theory.reporting.suite_tables import LESS, build_sections, readable_section, readable_sections, title
 from diablo_theory.reporting.suites import Suites
 
 BASE = {"train_on": "word_problems", "num_blocks": 64, "learning_rate": 1e-2, "quantise": None, "dtype": "float32"}
 BASE |= {"eval_split": "test", "evaluate_on": '["word_problems"]'}
 MADE = {"state": "finished", "trainable_params": 1_000, "model_sha256": "ab", "train_data": "cd", "conditions": "{}"}
+MADE |= {"train_seconds": 60.0, "device": "cpu", "cpu": "any", "commit": "abc", "dirty": False}
 FOUR = json.dumps({"method": "rtn", "bits": 4})
 RUNS = [  # suite, method, label, what differs
     ("word_problems", "none", "Untouched model", {}),
@@ -38,8 +39,9 @@ def made_up(runs=RUNS, seeds=(0, 1)) -> Suites:
         for seed in seeds if method != "none" else seeds[:1]:
             run_id = f"{suite}/{method}-{'-'.join(map(str, differs.values()))}-seed={seed}"
             config = {"run_id": run_id, "suite": suite, "model": "small", "method": method, "seed": seed} | BASE
-            configs.append(config | {"scale": "small"} | differs | {"label": label} | MADE)
             task = differs.get("train_on", "word_problems")
+            data = json.dumps({"train": "cd", task: f"{task}'s"})
+            configs.append(config | {"scale": "small"} | differs | {"label": label} | MADE | {"data": data})
             items = pd.DataFrame({"item": range(20), "tokens": 2})
             items["cluster"] = items["prompt"] = items["answer"] = items["item"].astype(str)
             items["exact"] = (rng.random(20) < SHARE[method]).astype(float)
@@ -79,8 +81,8 @@ def test_words(sections):
     words = {name: readable_section(frame) for name, frame in sections.items()}
     table = words["methods"].set_index(["Task", "Method"])
     assert table.loc[("Word problems", "Untouched model"), "Learning rate"] == "—"
-    assert table.loc[("Word problems", "DiaBlo N=64"), "less DiaBlo, points"] == "—"
-    assert table.loc[("Word problems", "LoRA r=5"), "less DiaBlo, points"][0] in "+−"
+    assert table.loc[("Word problems", "DiaBlo N=64"), LESS["exact_match"][0]] == "—"
+    assert table.loc[("Word problems", "LoRA r=5"), LESS["exact_match"][0]][0] in "+−"
     assert table.loc[("BoolQ", "LoRA r=5"), "By likelihood, %"] != "—"
     assert "By likelihood, %" not in words["patterns"]
     assert list(words["bases"]["Base"]) == ["float32"] * 2 + ["4 bits, rtn"] * 2
@@ -96,7 +98,7 @@ def test_a_suite_of_no_section_is_one_of_its_own():
     found = build_sections(made_up(runs))
     assert list(found) == ["commonsense"]
     assert title("commonsense") == "Commonsense"
-    assert "less DiaBlo, points" in readable_section(found["commonsense"])
+    assert LESS["exact_match"][0] in readable_section(found["commonsense"])
 
 
 def altered(which, **changes):
@@ -117,7 +119,7 @@ def test_seeds_that_diverged_are_not_forgotten():
     assert readable_section(one).iloc[2]["Seeds"] == "1 of 2, others diverged"
     both = build_sections(altered("learning_rate/lora-0.001", state="diverged"))
     row = readable_section(both["learning_rates"]).iloc[2]
-    assert (row["Held-out loss, nats/token"], row["Seeds"]) == ("—", "0 of 2, others diverged")
+    assert (row["Held-out loss, nats/token"], row["Seeds"]) == ("—", "0 of 2, all diverged")
     settings(both, "")
 
 
@@ -134,11 +136,46 @@ def test_validation_scores_are_in_no_table():
             "of seed 1 were not trained on the same examples",
         ),
         ("blocks/diablo-8-seed=1", {"conditions": "{a: b}"}, "seed=0 and .*seed=1 were scored under different"),
+        (
+            "word_problems/lora-0.003-seed=1",
+            {"data": '{"word_problems": "other"}'},
+            "word_problems/none--seed=0 and word_problems/lora-0.003-seed=1 were not scored on the same problems",
+        ),
+        (
+            "blocks/diablo-8-seed=1",
+            {"seed": 0},
+            r"blocks/diablo-8-seed=0 and blocks/diablo-8-seed=1 are the same experiment with the same seed \(word_pro",
+        ),
+        (
+            "blocks/diablo-8-seed=1",
+            {"seed": 0, "state": "diverged"},
+            "seed=0 and .*seed=1 are the same experiment with the same seed",
+        ),
     ],
 )
 def test_what_is_not_one_experiment_is_refused(which, changes, message):
     with pytest.raises(ResultsError, match=message):
         build_sections(altered(which, **changes))
+
+
+def test_the_words_say_what_every_number_is():
+    text = readable_sections(made_up())
+    assert "95% intervals over problems and seeds" in text
+    assert f"{len(made_up().configs)} runs at small scale" in text
+    assert "| Scale" not in text
+
+
+def test_runs_of_both_scales_are_told_apart():
+    text = readable_sections(altered("blocks/", scale="full"))
+    assert "| Scale" in text.split("**Number of blocks**")[1].split("\n")[2]
+    assert "at full and small scale" in text
+
+
+def test_without_test_scores_there_is_no_table_and_words_say_why():
+    suites = made_up()
+    suites.configs["eval_split"] = "validation"
+    assert build_sections(suites) == {}
+    assert readable_sections(suites).startswith("No run here was scored on test problems, so there is no table.")
 
 
 def test_another_base_of_the_same_name_is_another_experiment():
@@ -159,3 +196,39 @@ def test_figures_are_drawn_twice_alike(sections, tmp_path):
     ):
         one, two = (save(draw(), tmp_path / folder, name) for folder in ("one", "two"))
         assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_a_method_that_collapsed_leaves_the_others_legible():
+    suites = made_up()
+    gone = suites.outcomes["run_id"].str.startswith("word_problems/lora-0.003-seed=1")
+    suites.outcomes.loc[gone, "loss_sum"] *= 50
+    sections = build_sections(suites)
+    figure = methods(sections["methods"], "")
+    low, high = figure.axes[1].get_xlim()
+    found = sections["methods"].set_index(["task", "method"])
+    other, lost = (found.loc[("word_problems", method), "loss_per_token"] for method in ("diablo", "lora"))
+    assert low < other < high < lost
+    assert high - low < 2 * other
+    assert f"{lost:.3f} →" in texts(figure)
+    assert f"{lost:.3f} →" in texts(settings(sections, ""))  # among the bases too
+
+
+def test_figures_say_what_the_bars_are_and_which_seeds_are_missing():
+    sections = build_sections(altered("learning_rate/lora-0.001-seed=1", state="diverged"))
+    foot = settings(sections, "The scale.").get_supxlabel().replace("\n", " ")
+    assert foot.startswith(
+        "Bars: 95% intervals over problems and seeds (of one seed: over problems alone). The scale."
+    )
+    assert foot.endswith("Seeds that diverged: LoRA r=5 on Word problems at rate 0.001, 1 of 2.")
+    assert methods(sections["methods"], "").get_supxlabel() == "Bars: 95% intervals over problems and seeds."
+
+
+def test_every_panel_of_settings_names_its_one_task(sections):
+    titles = [axes.get_title(loc="left") for axes in settings(sections, "").axes]
+    assert titles == [f"{what}, word problems" for what in ("Learning rate", "Patterns", "Number of blocks", "Bases")]
+    with pytest.raises(ResultsError, match="the section blocks holds word_problems and boolq; a panel"):
+        settings({"blocks": pd.concat([sections["blocks"], sections["methods"]])}, "")

@@ -1,3 +1,5 @@
+import shutil
+
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -64,7 +66,7 @@ def test_a_run_that_diverged_is_collected_too(tiny_model, tmp_path, monkeypatch)
     save_suites(suites, tmp_path / "kept")
     for kept in (suites, read_suites(tmp_path / "kept")):
         row = readable_section(build_sections(kept)["methods"]).set_index("Method").loc["DiaBlo N=6"]
-        assert (row["Held-out loss, nats/token"], row["Seeds"]) == ("—", "0 of 1, others diverged")
+        assert (row["Held-out loss, nats/token"], row["Seeds"]) == ("—", "0 of 1, all diverged")
         assert int(row["Trainable"].replace(",", "")) > 0
 
 
@@ -119,12 +121,50 @@ def test_of_several_rates_the_task_s_own_suite_has_the_reference(done):
 def test_what_is_missing_or_damaged_is_told(done, tmp_path):
     with pytest.raises(ResultsError, match="holds no finished runs"):
         collect_suites(tmp_path)
+    with pytest.raises(ResultsError, match="nowhere is no folder"):
+        collect_suites(tmp_path / "nowhere")
     with pytest.raises(ResultsError, match=r"rows.csv cannot be read .*diablo-theory collect"):
         read_suites(tmp_path)
     save_suites(collect_suites(done), tmp_path)
     (tmp_path / "outcomes.csv.gz").write_bytes((tmp_path / "outcomes.csv.gz").read_bytes()[:100])
     with pytest.raises(ResultsError, match=r"outcomes.csv.gz cannot be read"):
         read_suites(tmp_path)
+
+
+def test_files_of_two_collections_are_refused(done, tmp_path):
+    suites = collect_suites(done)
+    files = save_suites(suites, tmp_path)
+    suites.rows[suites.rows["run_id"] != "word_problems/none-seed=0"].to_csv(files[0], index=False)
+    with pytest.raises(
+        ResultsError, match=r"rows.csv, configs.csv and outcomes.csv.gz in .* are not of the same runs"
+    ):
+        read_suites(tmp_path)
+    suites.configs.drop(columns="state").to_csv(files[1], index=False)
+    with pytest.raises(ResultsError, match="lacks the column 'state'; `diablo-theory collect` writes it"):
+        read_suites(tmp_path)
+
+
+def test_digests_of_digits_alone_stay_texts(done, tmp_path):
+    suites = collect_suites(done)
+    suites.outcomes["answer"] = "012345678901"
+    save_suites(suites, tmp_path)
+    assert set(read_suites(tmp_path).outcomes["answer"]) == {"012345678901"}
+
+
+def test_the_command_tells_of_runs_that_have_not_ended(done, shell, tmp_path):
+    root = tmp_path / "some"
+    shutil.copytree(done, root)
+    (root / "word_problems" / "lora-seed=1" / "metrics.json").unlink()
+    status, out, _ = shell("collect", root, "--out", tmp_path / "kept")
+    assert status == 0
+    assert out.split("left out, since they have not ended")[1].splitlines()[0].endswith(": word_problems/lora-seed=1")
+
+
+def test_a_narrow_terminal_cuts_no_number_off(done, shell, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = shell("collect", done, "--out", tmp_path / "kept")
+    table = readable_section(build_sections(read_suites(tmp_path / "kept"))["methods"])
+    assert set(table["Held-out loss, nats/token"]) <= {cell.strip() for cell in out.split("|")}
 
 
 def test_the_command_writes_and_tells(done, shell, tmp_path):
