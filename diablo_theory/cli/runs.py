@@ -330,9 +330,9 @@ def _is_share(name: str) -> bool:
 @app.command()
 def collect(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="Run folders lie here, at any depth.")],
-    out: Annotated[Path, typer.Option("--out", help="Gets rows.csv, configs.csv, outcomes.csv.gz.")],
+    out: Annotated[Path, typer.Option("--out", help="Gets rows.csv, configs.csv, outcomes.csv.gz, training.csv.gz.")],
 ) -> None:
-    """Keep of finished runs what is worth keeping: scores with intervals, configurations, outcomes of each problem.
+    """Keep of finished runs what is worth keeping: scores with intervals, configurations, outcomes, losses and norms.
 
     No texts and no weights: small, and free of the data sets' licences. Figures and tables are made from these files.
 

@@ -16,6 +16,8 @@ from diablo_theory.files import read_json
 from diablo_theory.reporting.results import ITEM_TEXT
 
 CONFIG, METRICS, FAILED, ERROR = "config.json", "metrics.json", "failed.json", "error.txt"
+LOG = "log.csv"
+_LOGGED = ["step", "loss", "learning_rate", "grad_norm"]
 #: What both files of a finished run say: one that says otherwise has been changed.
 _IN_BOTH = ("suite", "method", "model", "seed")
 _ADVICE = "Put it back as it was, or move this run out of the folder and do it again."
@@ -175,6 +177,33 @@ def read_outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
     _require_numbers(file, items, metrics)
     _require_scores(file, items, scores, metrics)
     return items
+
+
+def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
+    """The course of a run's training.
+
+    Args:
+        folder: The run.
+        steps: Those that metrics.json says were done; None for a diverged run, which may have logged any number.
+
+    Returns:
+        A row a step: step, loss, learning_rate, grad_norm, grad_norm/PART. None of a run that trained nothing.
+
+    Raises:
+        ResultsError: If log.csv is missing or damaged, or does not hold these steps.
+    """
+    file = folder / LOG
+    if not file.is_file() and not steps:
+        return pd.DataFrame(columns=_LOGGED)
+    try:
+        log: pd.DataFrame = pd.read_csv(file)
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"{file} cannot be read ({error}). {_ADVICE}") from error
+    if missing := [name for name in _LOGGED if name not in log]:
+        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {_ADVICE}")
+    if steps is not None and log["step"].tolist() != list(range(1, steps + 1)):
+        raise ResultsError(f"{file} does not hold the steps 1 to {steps} that {METRICS} says were done. {_ADVICE}")
+    return log[[name for name in log if name in _LOGGED or name.startswith("grad_norm/")]]
 
 
 def _require_numbers(file: Path, items: pd.DataFrame, metrics: list[str]) -> None:

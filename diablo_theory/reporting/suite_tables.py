@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -89,7 +89,7 @@ def _of_tests(suites: Suites) -> Suites:
     """Without runs that were scored on validation problems, which chose something and measure nothing."""
     configs = suites.configs[suites.configs["eval_split"] == "test"]
     rows, outcomes = (frame[frame["run_id"].isin(configs["run_id"])] for frame in (suites.rows, suites.outcomes))
-    return Suites(rows, configs, outcomes)
+    return replace(suites, rows=rows, configs=configs, outcomes=outcomes)
 
 
 def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:

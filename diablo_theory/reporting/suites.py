@@ -1,7 +1,8 @@
-"""What sweeps have given: finished runs as tidy rows, and the outcome of every problem.
+"""What sweeps have given: finished runs as tidy rows, the outcome of every problem, and the course of training.
 
 Run folders are large and hold texts that have licences of their own; what is kept of them here is small and free of
-both: configurations, scores with intervals, and for each problem whether it was solved and at which loss.
+both: configurations, scores with intervals, for each problem whether it was solved and at which loss, and for each
+training step its loss and gradient norms.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import pandas as pd
 from diablo_theory.errors import ResultsError
 from diablo_theory.files import write_with
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, score
-from diablo_theory.reporting.records import ended, read_outcomes, read_record
+from diablo_theory.reporting.records import ended, read_outcomes, read_record, read_training
 from diablo_theory.reporting.results import COLUMNS, SCHEMA_VERSION, validate_rows
 
 #: Files of a collection.
-ROWS, CONFIGS, OUTCOMES = "rows.csv", "configs.csv", "outcomes.csv.gz"
+ROWS, CONFIGS, OUTCOMES, TRAINING = "rows.csv", "configs.csv", "outcomes.csv.gz", "training.csv.gz"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Suites:
         configs: A row a run: its resolved configuration, how it ended (``state``: finished or diverged), what it was
             made from and where it was done.
         outcomes: A row a run, task and problem: metrics, loss_sum, tokens; prompts and answers as short digests.
+        training: A row a run and training step: loss, learning_rate, grad_norm, and grad_norm/PART of each part.
     """
 
     rows: pd.DataFrame
     configs: pd.DataFrame
     outcomes: pd.DataFrame
+    training: pd.DataFrame
 
 
 def collect_suites(root: Path) -> Suites:
@@ -54,7 +57,7 @@ def collect_suites(root: Path) -> Suites:
     folders = ended(root)
     if not folders:
         raise ResultsError(f"{root} holds no finished runs; `diablo-theory sweep` makes some")
-    configs, outcomes, rows = [], [], []
+    configs, outcomes, rows, training = [], [], [], []
     for folder in folders:
         run_id = folder.relative_to(root).as_posix()
         record = read_record(folder)
@@ -62,6 +65,7 @@ def collect_suites(root: Path) -> Suites:
         config, metrics = record.config | {"data_root": None}, record.metrics
         about = {"run_id": run_id} | _flat(config) | {"label": metrics["label"]}
         configs.append(about | {"state": "finished" if record.finished else "diverged"} | _flat(_measured(metrics)))
+        training.append(read_training(folder, metrics.get("steps") if record.finished else None).assign(run_id=run_id))
         for task in metrics.get("scores", {}):
             items = _outcomes(folder / "predictions" / f"{task}.csv", metrics["scores"][task])
             named = {"run_id": run_id, "task": task, "seed": config["seed"], "label": metrics["label"]}
@@ -70,7 +74,8 @@ def collect_suites(root: Path) -> Suites:
     if not outcomes:
         raise ResultsError(f"all {len(folders)} runs below {root} diverged: there is no score to collect")
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return Suites(validate_rows(frame), pd.DataFrame(configs), pd.concat(outcomes, ignore_index=True))
+    outcomes_of_all, steps = (pd.concat(frames, ignore_index=True) for frames in (outcomes, training))
+    return Suites(validate_rows(frame), pd.DataFrame(configs), outcomes_of_all, steps)
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +146,11 @@ def _setting(config: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 def save_suites(suites: Suites, out: Path) -> list[Path]:
     """Write a collection, each file whole or not at all."""
-    files = [out / name for name in (ROWS, CONFIGS, OUTCOMES)]
-    for file, frame in zip(files, (suites.rows, suites.configs, suites.outcomes), strict=True):
-        text = frame.to_csv(index=False).encode()
+    frames = {ROWS: suites.rows, CONFIGS: suites.configs, OUTCOMES: suites.outcomes, TRAINING: suites.training}
+    files = [out / name for name in frames]
+    for file, (name, frame) in zip(files, frames.items(), strict=True):
+        # Six digits of a loss or a norm are more than anybody reads off a curve.
+        text = frame.to_csv(index=False, float_format="%.6g" if name == TRAINING else None).encode()
         # Neither the time of day nor a name in the compressed file: the same runs give the same bytes.
         content = gzip.compress(text, mtime=0) if file.suffix == ".gz" else text
         write_with(file, partial(_write_bytes, content))
@@ -162,22 +169,23 @@ def read_suites(folder: Path) -> Suites:
     """
     frames = []
     as_text = dict.fromkeys(("run_id", "task", "label", "cluster", "prompt", "answer"), str)  # a digest may be digits
-    for name in (ROWS, CONFIGS, OUTCOMES):
+    for name in (ROWS, CONFIGS, OUTCOMES, TRAINING):
         try:
             frames.append(pd.read_csv(folder / name, dtype=as_text))
         except (ValueError, OSError, EOFError) as error:
             raise ResultsError(
                 f"{folder / name} cannot be read ({error}); `diablo-theory collect` writes it"
             ) from error
-    rows, configs, outcomes = frames
+    rows, configs, outcomes, training = frames
     try:
         rows["note"] = rows["note"].fillna("")
         finished = set(configs.loc[configs["state"] == "finished", "run_id"])
         whole = finished == set(outcomes["run_id"]) == set(rows["run_id"])
+        whole = whole and set(training["run_id"]) <= set(configs["run_id"])
     except KeyError as error:
         raise ResultsError(f"a file in {folder} lacks the column {error}; `diablo-theory collect` writes it") from None
     if not whole:
         raise ResultsError(
-            f"{ROWS}, {CONFIGS} and {OUTCOMES} in {folder} are not of the same runs: `diablo-theory collect` again"
+            f"{ROWS}, {CONFIGS}, {OUTCOMES} and {TRAINING} in {folder} are not of the same runs: collect again"
         )
-    return Suites(validate_rows(rows), configs, outcomes)
+    return Suites(validate_rows(rows), configs, outcomes, training)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.records import ended, not_ended, read_outcomes, read_record
+from diablo_theory.reporting.records import ended, not_ended, read_outcomes, read_record, read_training
 
 NAMES = {"suite": "word_problems", "model": "small", "method": "diablo", "seed": 1}
 CONFIG = NAMES | {"protocol": "clean", "dtype": "float32", "quantise": None, "num_blocks": 64, "learning_rate": 0.01}
@@ -152,3 +152,34 @@ def test_runs_that_have_ended_and_those_that_have_not(folder):
     (root / "lost" / "failed.json").write_text("{}")
     assert [run.name for run in ended(root)] == ["diablo-seed=1", "lost"]
     assert [run.name for run in not_ended(root)] == ["begun", "no-start"]
+
+
+LOG = pd.DataFrame(
+    {"step": [1, 2], "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "grad_norm/A": 0.0, "seconds": 3}
+)
+
+
+def test_the_course_of_training_is_read_without_its_times(folder):
+    LOG.to_csv(folder / "log.csv", index=False)
+    pd.testing.assert_frame_equal(read_training(folder, 2), LOG.drop(columns="seconds"))
+
+
+def test_what_never_trained_has_no_course(folder):
+    assert read_training(folder, 0).empty
+    assert read_training(folder, None).empty
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (None, r"log\.csv cannot be read"),
+        (LOG.drop(columns="loss"), r"log\.csv lacks the column\(s\) loss"),
+        (LOG[:1], "does not hold the steps 1 to 2 that metrics.json says were done"),
+        (pd.concat([LOG, LOG]), "does not hold the steps 1 to 2"),
+    ],
+)
+def test_a_damaged_course_is_refused(folder, log, message):
+    if log is not None:
+        log.to_csv(folder / "log.csv", index=False)
+    with pytest.raises(ResultsError, match=message):
+        read_training(folder, 2)

@@ -1,6 +1,7 @@
 """Sections of collected suites, from outcomes that are made up."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ def made_up(runs=RUNS, seeds=(0, 1)) -> Suites:
             outcomes.append(items.assign(run_id=run_id, task=task, seed=seed, label=label))
     frame = pd.DataFrame(configs)
     rows = frame[["run_id"]].assign(setting=frame["label"])
-    return Suites(rows, frame, pd.concat(outcomes, ignore_index=True))
+    return Suites(rows, frame, pd.concat(outcomes, ignore_index=True), pd.DataFrame({"run_id": frame["run_id"]}))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def altered(which, **changes):
         suites.configs.loc[chosen, column] = value
     if changes.get("state") == "diverged":
         gone = suites.outcomes["run_id"].isin(suites.configs.loc[chosen, "run_id"])
-        return Suites(suites.rows, suites.configs, suites.outcomes[~gone])
+        return replace(suites, outcomes=suites.outcomes[~gone])
     return suites
 
 

@@ -41,6 +41,8 @@ def test_everything_is_collected_and_comes_back_as_it_was(done, tmp_path):
     suites = collect_suites(done)
     assert len(suites.configs) == 6
     assert len(suites.outcomes) == 6 * 8
+    assert len(suites.training) == 5 * 3
+    assert suites.training.loc[suites.training["run_id"].str.contains("lora"), "grad_norm/B"].gt(0).all()
     assert set(suites.rows["metric"]) == {"exact_match", "lenient_match", "loss_per_token", "train_seconds"}
     files = save_suites(suites, tmp_path)
     before = [file.read_bytes() for file in files]
@@ -136,7 +138,8 @@ def test_files_of_two_collections_are_refused(done, tmp_path):
     files = save_suites(suites, tmp_path)
     suites.rows[suites.rows["run_id"] != "word_problems/none-seed=0"].to_csv(files[0], index=False)
     with pytest.raises(
-        ResultsError, match=r"rows.csv, configs.csv and outcomes.csv.gz in .* are not of the same runs"
+        ResultsError,
+        match=r"rows.csv, configs.csv, outcomes.csv.gz and training.csv.gz in .* are not of the same runs",
     ):
         read_suites(tmp_path)
     suites.configs.drop(columns="state").to_csv(files[1], index=False)
