@@ -151,6 +151,8 @@ def sweep(
     from diablo_theory.finetune.config import parse_overrides
 
     require_folder(out)
+    if cluster_options and cluster is None:
+        raise typer.BadParameter("--cluster-option needs --cluster")
     chosen, overrides = _sweep(files, vary or [], small), parse_overrides(settings or [])
     runs = sweeps.planned(chosen, overrides)
     if dry_run:
@@ -204,6 +206,8 @@ def _values(vary: list[str]) -> dict[str, tuple[Any, ...]]:
         key, equals, several = pair.partition("=")
         if not equals:
             raise ConfigError(f"--vary must read KEY=A,B,..., got {pair!r}")
+        if key in values:
+            raise ConfigError(f"--vary {key} is given twice: name all its values at once, {key}=A,B,...")
         values[key] = tuple(parse_overrides([f"{key}={value}"])[key] for value in several.split(","))
     return values
 
@@ -256,8 +260,9 @@ def show(
     """
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import read_json
-    from diablo_theory.finetune.config import experiments_folder, read_yaml
+    from diablo_theory.finetune.config import experiments_folder
     from diablo_theory.finetune.folder import CONFIG, ERROR, PREDICTIONS, state
+    from diablo_theory.finetune.reading import read_yaml
     from diablo_theory.finetune.scoring import read_predictions
 
     if not (run / CONFIG).is_file() and not (run / ERROR).is_file():
