@@ -100,14 +100,10 @@ def evaluate(
 
     Example: `diablo-theory evaluate results/runs/commonsense/diablo --tasks boolq,arc_easy`
     """
-    from diablo_theory.files import read_json
-    from diablo_theory.finetune.folder import CONFIG, state
+    from diablo_theory.finetune.folder import state
     from diablo_theory.finetune.runs import add_scores
 
-    names = tasks.split(",") if tasks else []
-    if not names and (run / CONFIG).is_file():
-        names = list(read_json(run / CONFIG)["evaluate_on"])
-    metrics = add_scores(run, names, _board())
+    metrics = add_scores(run, tasks.split(",") if tasks else [], _board())
     _tell(metrics, run, state(run)["split"])
 
 
