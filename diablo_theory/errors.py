@@ -54,8 +54,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
         known: The names that would have been accepted.
 
     Returns:
-        ``" Did you mean 'x'?"`` (with its leading space), or the list of known names when none is close.
+        ``" Did you mean 'x'?"`` (with its leading space), the list of known names when none is close, or nothing when
+        there is none.
     """
-    options = sorted(known)
+    if not (options := sorted(known)):
+        return ""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(options)}."
+
+
+def brief(error: BaseException) -> str:
+    """What another library's error says, in a line: its first one, and the next where that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    sentence = isinstance(error, OSError | ValueError)  # the message of others is hardly one
+    return said if sentence else f"{type(error).__name__}: {said.rstrip('.')}."

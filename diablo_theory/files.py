@@ -150,17 +150,17 @@ def read_json(path: Path, advice: str = "Delete it and run the same command agai
 
     Args:
         path: The file.
-        advice: What to do where it is damaged.
+        advice: What to do if it is damaged.
 
     Raises:
         ResultsError: If it does not; the message says which file and what to do.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # too much nesting is damage, too
         raise ResultsError(f"{path} is truncated or damaged ({error}). {advice}") from error
     if not isinstance(value, dict):
-        raise ResultsError(f"{path} holds a {type(value).__name__}; a JSON object is needed.")
+        raise ResultsError(f"{path} holds a {type(value).__name__}; a JSON object is needed. {advice}")
     return value
 
 
@@ -183,6 +183,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             safetensors.torch.save_file(tensors, aside, metadata)
         except safetensors.SafetensorError as error:
             raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from error
+
+
+def read_tensors(path: Path, advice: str = "Delete it and run the same command again.") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Args:
+        path: The file.
+        advice: What to do if it is damaged.
+
+    Raises:
+        ResultsError: If it is damaged.
+    """
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ResultsError(f"{path} is truncated or damaged ({error}). {advice}") from error
 
 
 def _umask() -> int:

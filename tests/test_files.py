@@ -107,6 +107,20 @@ def test_json_keeps_the_order_of_keys_and_refuses_nan(tmp_path):
     assert json.loads(path.read_text()) == {"b": 1, "a": [1.5, None]}
 
 
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"", b"[" * 5000])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(
+        ResultsError, match=r"a\.json is truncated or damaged \(.*\)\. Delete it and run the same command"
+    ):
+        files.read_json(tmp_path / "a.json")
+    with pytest.raises(ResultsError, match=r"a\.json is truncated or damaged \(.*\)\. Ask\.$"):
+        files.read_json(tmp_path / "a.json", "Ask.")
+    (tmp_path / "a.safetensors").write_bytes(text)
+    with pytest.raises(ResultsError, match=r"a\.safetensors is truncated or damaged \(.*\)\. Ask\.$"):
+        files.read_tensors(tmp_path / "a.safetensors", "Ask.")
+
+
 def test_write_with_passes_a_path_of_the_same_suffix(tmp_path):
     path = tmp_path / "a.npz"
     files.write_with(path, lambda aside: aside.write_bytes(aside.suffix.encode()))

@@ -100,14 +100,10 @@ def evaluate(
 
     Example: `diablo-theory evaluate results/runs/commonsense/diablo --tasks boolq,arc_easy`
     """
-    from diablo_theory.files import read_json
-    from diablo_theory.finetune.folder import CONFIG, state
+    from diablo_theory.finetune.folder import state
     from diablo_theory.finetune.runs import add_scores
 
-    names = tasks.split(",") if tasks else []
-    if not names and (run / CONFIG).is_file():
-        names = list(read_json(run / CONFIG)["evaluate_on"])
-    metrics = add_scores(run, names, _board())
+    metrics = add_scores(run, tasks.split(",") if tasks else [], _board())
     _tell(metrics, run, state(run)["split"])
 
 
@@ -151,6 +147,8 @@ def sweep(
     from diablo_theory.finetune.config import parse_overrides
 
     require_folder(out)
+    if cluster_options and cluster is None:
+        raise typer.BadParameter("--cluster-option needs --cluster")
     chosen, overrides = _sweep(files, vary or [], small), parse_overrides(settings or [])
     runs = sweeps.planned(chosen, overrides)
     if dry_run:
@@ -204,6 +202,8 @@ def _values(vary: list[str]) -> dict[str, tuple[Any, ...]]:
         key, equals, several = pair.partition("=")
         if not equals:
             raise ConfigError(f"--vary must read KEY=A,B,..., got {pair!r}")
+        if key in values:
+            raise ConfigError(f"--vary {key} is given twice: name all its values at once, {key}=A,B,...")
         values[key] = tuple(parse_overrides([f"{key}={value}"])[key] for value in several.split(","))
     return values
 
@@ -256,8 +256,9 @@ def show(
     """
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import read_json
-    from diablo_theory.finetune.config import experiments_folder, read_yaml
+    from diablo_theory.finetune.config import experiments_folder
     from diablo_theory.finetune.folder import CONFIG, ERROR, PREDICTIONS, state
+    from diablo_theory.finetune.reading import read_yaml
     from diablo_theory.finetune.scoring import read_predictions
 
     if not (run / CONFIG).is_file() and not (run / ERROR).is_file():

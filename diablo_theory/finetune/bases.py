@@ -10,11 +10,10 @@ from typing import Any
 import filelock
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diablo_theory import __version__
-from diablo_theory.files import atomic_folder, cache_folder, write_json, write_tensors
+from diablo_theory.files import atomic_folder, cache_folder, read_tensors, write_json, write_tensors
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import encode
 from diablo_theory.finetune.tasks import TASKS, Wanted
@@ -65,7 +64,7 @@ def quantised_base(
             report = quantise(model, layers, how, segments(tokens, how), progress)
             _keep(folder, model, layers, report.layers, how)
             return report.layers
-    _put(model, load_file(folder / WEIGHTS))
+    _put(model, read_tensors(folder / WEIGHTS, f"Delete {folder} and run the same command again."))
     progress(len(layers))
     return pd.read_csv(folder / REPORT)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from diablo_theory.errors import ConfigError, nearest
+from diablo_theory.finetune.reading import parsed, read_yaml, refusal
 from diablo_theory.finetune.tasks import TASKS, Protocol
 from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig
@@ -48,7 +48,7 @@ class RunConfig(BaseModel):
 
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     steps: Positive | None
-    epochs: float | None = Field(gt=0, allow_inf_nan=False)
+    epochs: float | None = Field(gt=0, le=1e6, allow_inf_nan=False)
     train_items: Positive | None
     batch_size: Positive
     micro_batch_size: Positive | None
@@ -72,6 +72,14 @@ class RunConfig(BaseModel):
     seed: int = Field(ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"]
     scale: Literal["small", "full"]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads ``on`` and ``yes`` as true, which otherwise would count as 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("Input should not be true or false")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -133,24 +141,6 @@ def experiments_folder() -> Path:
     raise ConfigError(f"experiments/defaults.yaml is missing beside {package}: reinstall or repair the checkout")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        ConfigError: If it is missing (naming the nearest file there is), unreadable, or no mapping.
-    """
-    if not path.is_file():
-        known = (str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else ()
-        raise ConfigError(f"no such file: {path}.{nearest(str(path), known)}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
-    return content
-
-
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """``["steps=5", "learning_rate=1e-3"]`` as a mapping, values read as YAML.
 
@@ -163,9 +153,9 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"an override must read key=value, got {pair!r}")
         try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: {value!r} is not a YAML value") from None
+            overrides[key] = parsed(value)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {value!r} is not a YAML value: {error}") from None
     return overrides
 
 
@@ -200,11 +190,7 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        if not problem["loc"]:  # keys that do not fit together
-            raise ConfigError(str(problem["ctx"]["error"])) from None
-        where = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"{where}={problem['input']!r} is not allowed: {problem['msg']}") from None
+        raise ConfigError(refusal(error)) from None
 
 
 def load_run(path: Path, overrides: Iterable[str] = (), *, small: bool = False) -> RunConfig:
@@ -245,6 +231,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if not path.is_file() and (packaged := experiments_folder().parent / path).is_file():
         path = packaged
     content = read_yaml(path)
+    if "parts" in content:
+        raise ConfigError(f"{path} is a sweep file (it has `parts`), not a run file: `diablo-theory sweep` runs it")
     if "suite" in content:
         raise ConfigError(f"{path}: suite is the name of the folder, leave it out")
     return content | {"suite": path.resolve().parent.name}

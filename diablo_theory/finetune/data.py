@@ -18,6 +18,8 @@ from diablo_theory.finetune.tasks import Example
 IGNORED = -100
 #: Batches among which examples of similar length are gathered: enough for little padding, few enough to stay random.
 WINDOW = 32
+#: Examples in a whole training, epochs included: their order is held in memory, and this many take some GB.
+MOST = 10**8
 
 Ids = NDArray[np.int32]
 
@@ -128,8 +130,11 @@ def training_order(
         ``steps x batch_size`` indices.
 
     Raises:
-        ValueError: If there is no example, or with ``drop_last`` fewer than one batch.
+        ValueError: If there is no example, or with ``drop_last`` fewer than one batch; if they are more than
+            ``MOST``.
     """
+    if steps * batch_size > MOST:
+        raise ValueError(f"{steps:,} steps of {batch_size:,} examples are too many: at most {MOST:,} examples in all")
     epoch = len(lengths) // batch_size * batch_size if drop_last else len(lengths)
     if epoch == 0:
         raise ValueError(f"{len(lengths)} training examples do not fill a batch of {batch_size}")

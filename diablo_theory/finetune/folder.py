@@ -18,30 +18,34 @@ from accelerate import PartialState
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.files import is_held, locked, read_json, remove_partial
+from diablo_theory.finetune.checkpoints import last_whole_checkpoint
 from diablo_theory.finetune.config import ELSEWHERE, RunConfig
 from diablo_theory.finetune.models import pick_device
-from diablo_theory.finetune.train import WEIGHTS, last_whole_checkpoint
+from diablo_theory.finetune.saved import PUT_BACK, read_failure, read_metrics
+from diablo_theory.finetune.train import WEIGHTS
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.json"
 FAILED, ERROR = "failed.json", "error.txt"
 LOG, PREDICTIONS, ADAPTER, CHECKPOINTS = "log.csv", "predictions", "adapter", "checkpoints"
 QUANTISED, INPUTS = "quantised.csv", "inputs.json"
+#: What a run makes when it owns its folder; somebody else's must be neither taken for it nor replaced.
+RESULTS = (METRICS, FAILED, LOG, WEIGHTS, PREDICTIONS, ADAPTER, CHECKPOINTS)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run, or None; they are written last."""
     path = folder / METRICS
-    return read_json(path) if path.is_file() else None
+    return read_metrics(path) if path.is_file() else None
 
 
 def check_owner(folder: Path, config: RunConfig) -> None:
-    """Raise ResultsError if a folder belongs to a run with another configuration."""
+    """Raise ResultsError if a folder belongs to a run with another configuration, or may do so."""
     path = folder / CONFIG
     if not path.is_file():
-        if finished(folder):
-            raise ResultsError(f"{folder} holds a finished run, but no config.json says which: choose another folder")
+        if found := [name for name in RESULTS if (folder / name).exists()]:
+            raise ResultsError(f"{folder} holds {found[0]}, but no {CONFIG} says of which run: choose another folder")
         return
-    there = {key: value for key, value in read_json(path).items() if key not in ELSEWHERE}
+    there = {key: value for key, value in read_json(path, PUT_BACK).items() if key not in ELSEWHERE}
     wanted = config.identity
     if different := sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)):
         key = different[0]
@@ -111,11 +115,11 @@ def _state(folder: Path) -> dict[str, Any]:
     steps = read_json(folder / ENVIRONMENT).get("steps") if (folder / ENVIRONMENT).is_file() else None
     known = {"step": _step(folder, steps), "steps": steps}
     if (folder / FAILED).is_file():
-        return known | {"state": "failed", "note": read_json(folder / FAILED)["error"]}
+        return known | {"state": "failed", "note": read_failure(folder / FAILED)}
     if is_held(folder):
         return known | {"state": "running"}
     if (folder / ERROR).is_file():
-        return known | {"state": "failed", "note": (folder / ERROR).read_text(encoding="utf-8")}
+        return known | {"state": "failed", "note": (folder / ERROR).read_text(encoding="utf-8", errors="replace")}
     return known | {"state": "stopped"}
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from diablo_theory.errors import ChecksumError, ModelUnavailableError, nearest
+from diablo_theory.errors import ChecksumError, ModelUnavailableError, brief, nearest
 from diablo_theory.files import PARTIAL, atomic_folder, cache_folder, read_json, remove_partial, write_json
 
 
@@ -142,11 +142,9 @@ def _cannot_be_loaded(name: str, source: str) -> Iterator[None]:
     try:
         with _no_bars():
             yield
-    except (OSError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    except Exception as error:  # damaged files: each of three libraries has its own, tokenizers a bare one
         raise ModelUnavailableError(
-            f"model {name!r} ({source}) cannot be loaded: {said} "
+            f"model {name!r} ({source}) cannot be loaded: {brief(error)} "
             "Offline? Give a local folder in transformers' layout as model=PATH."
         ) from error
 
@@ -183,7 +181,7 @@ def packaged_model(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / ".lock"):  # two first runs at once: the second waits and finds it done
         if record.is_file():
-            if sha256_of(folder / "model.safetensors") != read_json(record)["sha256"]:
+            if sha256_of(folder / "model.safetensors") != read_json(record).get("sha256"):
                 raise ChecksumError(f"the cached model in {folder} is damaged: delete that folder and run again")
             return folder
         remove_partial(folder.parent)

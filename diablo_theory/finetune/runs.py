@@ -11,7 +11,6 @@ import pandas as pd
 import transformers
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from diablo_theory import methods
 from diablo_theory.errors import NonFiniteError, ResultsError
@@ -34,8 +33,9 @@ from diablo_theory.finetune.folder import (
     held,
 )
 from diablo_theory.finetune.models import load_model
+from diablo_theory.finetune.saved import read_attempts, read_config, read_failure, read_log
 from diablo_theory.finetune.scoring import score_tasks
-from diablo_theory.finetune.setup import Board, Load, Setup, read_problems, set_up, trained_model
+from diablo_theory.finetune.setup import Board, Load, Setup, put_trained, read_problems, set_up, trained_model
 from diablo_theory.finetune.train import MEMORY, WEIGHTS, train
 from diablo_theory.provenance import provenance
 
@@ -72,7 +72,7 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
 
     Args:
         folder: Of a run that has been trained, with its weights.
-        tasks: Names.
+        tasks: Names; none for those of its own file.
         board: Shows progress.
         load: Gives the model.
 
@@ -85,7 +85,9 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
     """
     if not (folder / CONFIG).is_file():
         raise ResultsError(f"{folder} holds no run: there is no {CONFIG}")
-    config = validated(read_json(folder / CONFIG) | {"evaluate_on": list(tasks)})
+    config = read_config(folder / CONFIG)
+    if tasks:
+        config = validated(config.model_dump() | {"evaluate_on": list(tasks)})
     with held(folder, config.device):
         if config.method != "none" and not (folder / WEIGHTS).is_file():
             raise ResultsError(f"{folder} holds no trained parameters ({WEIGHTS}): train it first, with keep_weights")
@@ -100,11 +102,11 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         _note_inputs(folder, setup, digests)
         fresh = [name for name in problems.score if name not in metrics["scores"]]
         metrics["scores"] |= score_tasks(config, folder, board, setup, problems)
-        metrics["data"] |= digests
+        metrics["data"] = metrics.get("data", {}) | digests
         if fresh:
             later = dict.fromkeys(fresh, _environment(setup))
             metrics["scored_later"] = metrics.get("scored_later", {}) | later
-        metrics["conditions"] |= problems.conditions
+        metrics["conditions"] = metrics.get("conditions", {}) | problems.conditions
         if PartialState().is_main_process:
             write_json(folder / METRICS, metrics)
         return metrics
@@ -113,7 +115,7 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
 def _execute(config: RunConfig, folder: Path, board: Board, load: Load) -> dict[str, Any]:
     failed = folder / FAILED
     if failed.is_file():
-        before = read_json(failed)["error"]
+        before = read_failure(failed)
         raise NonFiniteError(f"{before} (In an earlier attempt; delete {failed} to go on from the last checkpoint.)")
     first = PartialState().is_main_process
     if first:
@@ -168,7 +170,7 @@ def _environment(setup: Setup) -> dict[str, Any]:
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
     path = folder / ENVIRONMENT
-    return list(read_json(path).get("attempts", [])) if path.is_file() else []
+    return read_attempts(path) if path.is_file() else []
 
 
 def _over_all(attempts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -235,9 +237,10 @@ def _train(config: RunConfig, folder: Path, board: Board, setup: Setup, data: Or
     log_file, weights = folder / LOG, folder / WEIGHTS
     with board.piece(f"train {prepared.label}", len(data) // config.batch_size) as advance:
         if log_file.is_file() and weights.is_file():  # training had ended before the interruption
-            methods.load_trainable_state(prepared.model, load_file(weights))
-            advance(len(data) // config.batch_size)
-            return pd.read_csv(log_file)
+            log = read_log(log_file, len(data) // config.batch_size)
+            put_trained(prepared, weights)
+            advance(len(log))
+            return log
         # Also the seed of anything random that a model does while it trains.
         transformers.set_seed(config.seed)
         log, state = train(prepared, data, config, folder, setup.loaded.tokenizer.pad_token_id, advance)

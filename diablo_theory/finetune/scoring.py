@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from pandas.api.types import is_numeric_dtype
 
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.files import write_with
@@ -102,6 +103,11 @@ def read_predictions(file: Path) -> pd.DataFrame:
         items: pd.DataFrame = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(TEXT, str))
     except (ValueError, OSError) as error:
         raise ResultsError(f"{file} cannot be read ({error}): delete it and run again") from error
+    if missing := [name for name in ("item", *TEXT, "loss_sum", "tokens") if name not in items]:
+        raise ResultsError(f"{file} has no column {missing[0]}: delete it and run again")
+    odd = [name for name in items.columns if name not in TEXT and not is_numeric_dtype(items[name])]
+    if odd and len(items):
+        raise ResultsError(f"{file}: not all of {odd[0]} are numbers: delete it and run again")
     return items
 
 

@@ -12,11 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 
 from diablo_theory import methods
-from diablo_theory.errors import ConfigError
-from diablo_theory.files import write_with
+from diablo_theory.errors import ConfigError, ResultsError
+from diablo_theory.files import read_tensors, write_with
 from diablo_theory.finetune.bases import layers_of, quantised_base
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.data import (
@@ -100,8 +99,21 @@ def trained_model(
     """:func:`set_up`, with what the run has learnt."""
     setup = set_up(config, folder, board, load, learning, steps)
     if config.method != "none":
-        methods.load_trainable_state(setup.prepared.model, load_file(folder / WEIGHTS))
+        put_trained(setup.prepared, folder / WEIGHTS)
     return setup
+
+
+def put_trained(prepared: methods.Prepared, file: Path) -> None:
+    """Give a prepared model what a run has learnt.
+
+    Raises:
+        ResultsError: If the file is damaged, or of another run.
+    """
+    state = read_tensors(file)
+    try:
+        methods.load_trainable_state(prepared.model, state)
+    except ValueError as error:
+        raise ResultsError(f"{file} is of another run than the config.json beside it: {error}") from error
 
 
 def set_up(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,12 +21,15 @@ from diablo_theory.finetune.config import (
     experiments_folder,
     overridden,
     read_run_file,
-    read_yaml,
     small_scale,
 )
 from diablo_theory.finetune.folder import ERROR, check_owner, finished
+from diablo_theory.finetune.reading import read_yaml, refusal
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
+
+#: Bytes of a name in usual file systems.
+LONGEST_NAME = 255
 
 
 class Part(BaseModel):
@@ -35,7 +39,7 @@ class Part(BaseModel):
 
     files: tuple[Path, ...] = Field(min_length=1)
     set: dict[str, Any] = {}
-    vary: dict[str, tuple[Any, ...]] = {}
+    vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
 
 
 class SweepFile(BaseModel):
@@ -91,8 +95,7 @@ def read_sweep(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        raise ConfigError(f"{path}: {refusal(error)}") from None
 
 
 def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> list[Planned]:
@@ -113,8 +116,12 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         for file, values in itertools.product(part.files, _combinations(part.vary)):
             differences = read_run_file(_found(file))
             small = small_scale(differences) if sweep.small else {}
-            config = overridden([differences, small], {**part.set, **values, **(overrides or {})})
-            name = "-".join([f"{config.suite}/{file.stem}", *(f"{key}={value}" for key, value in values.items())])
+            name = "-".join([f"{differences['suite']}/{file.stem}", *map("{0[0]}={0[1]}".format, values.items())])
+            _require_folder_name(name)
+            try:
+                config = overridden([differences, small], {**part.set, **values, **(overrides or {})})
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
             if name in runs and runs[name].config != config:
                 raise ConfigError(f"two different runs of this sweep are both called {name}: vary what differs")
             runs[name] = Planned(name, config)
@@ -126,6 +133,16 @@ def _require_apart(vary: Iterable[str], fixed: Iterable[str], where: str) -> Non
     for varied, key in itertools.product(vary, fixed):
         if varied == key or varied == key.partition(".")[0] or varied.partition(".")[0] == key:
             raise ConfigError(f"a sweep varies {varied}, and {where} gives {key} one value: leave out one of the two")
+
+
+def _require_folder_name(name: str) -> None:
+    """Refuse a run whose folder would lie outside the sweep's, or cannot be."""
+    parts = Path(name).parts
+    if ".." in parts or max(len(os.fsencode(part)) for part in parts) > LONGEST_NAME:
+        raise ConfigError(
+            f"{name:.80} cannot be the name of a run's folder (no '..', at most {LONGEST_NAME} bytes): give what it "
+            "varies in a run file of its own"
+        )
 
 
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:

@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -26,15 +25,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo_theory.errors import ConfigError, NonFiniteError
-from diablo_theory.files import fsync, read_json, write_json, write_tensors
+from diablo_theory.files import read_tensors, write_tensors
+from diablo_theory.finetune.checkpoints import last_whole_checkpoint, seal
 from diablo_theory.finetune.config import RunConfig, require_warmup
 from diablo_theory.finetune.data import Ordered, collate
 from diablo_theory.finetune.models import pick_device
 from diablo_theory.methods import Prepared, classes_in_state, load_trainable_state, move_state, trainable_state
 
 WEIGHTS = "trainable.safetensors"
-#: Written last into a checkpoint, after everything else has reached the disk: a folder without it is half-written.
-SEAL = "complete.json"
 #: Of a batch whose loss is not finite, so many examples are named.
 NAMED = 16
 #: Column of the log on a GPU: the most MiB that tensors have held there since training began.
@@ -137,7 +135,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             move_state(self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_whole_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        load_whole_state(model or self.model, read_tensors(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 class _Timer(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -170,10 +168,7 @@ class _Seal(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in filter(Path.is_file, folder.rglob("*")):
-            fsync(file)
-        write_json(folder / SEAL, {"step": state.global_step})
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -317,12 +312,6 @@ def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def _bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def last_whole_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    whole = [seal.parent for seal in checkpoints.glob(f"checkpoint-*/{SEAL}")]
-    return max(whole, key=lambda folder: int(read_json(folder / SEAL)["step"]), default=None)
 
 
 def _gradient_norm(model: nn.Module, part: str) -> float:

@@ -203,7 +203,7 @@ def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
         raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {_ADVICE}")
     if steps is not None and log["step"].tolist() != list(range(1, steps + 1)):
         raise ResultsError(f"{file} does not hold the steps 1 to {steps} that {METRICS} says were done. {_ADVICE}")
-    return log[[name for name in log if name in _LOGGED or name.startswith("grad_norm/")]]
+    return log[[name for name in map(str, log) if name in _LOGGED or name.startswith("grad_norm/")]]
 
 
 def _require_numbers(file: Path, items: pd.DataFrame, metrics: list[str]) -> None:

@@ -160,7 +160,18 @@ def test_unknown_profile_names_the_nearest():
         ("quantise.bits=3", "quantise.bits: quantise is None here and has no parts"),
         ("quantize.bits=3", "unknown key 'quantize'. Did you mean 'quantise'"),
         ("steps", "an override must read key=value, got 'steps'"),
+        ("epochs=1e300", "epochs='1e300' is not allowed: Input should be less than or equal to 1000000"),
         ("steps=[", "steps: '\\[' is not a YAML value"),
+        ("seed=2024-13-45", "seed: '2024-13-45' is not a YAML value: ValueError: month must be in 1..12"),
+        ("seed=!!int x", "seed: '!!int x' is not a YAML value: ValueError: invalid literal for int"),
+        ("drop_last=!!bool x", "drop_last: '!!bool x' is not a YAML value: KeyError: 'x'"),
+        ("quantise={bits: 3, bits: 4}", r"the key 'bits' stands twice \(line 1, column 11\)"),
+        ("quantise={method: rtn}", "quantise.bits is missing"),
+        ("quantise={method: rtn, bits: 4, bit: 3}", "unknown key 'quantise.bit'"),
+        ("learning_rate=yes", "learning_rate=True is not allowed: Input should not be true or false"),
+        ("seed=false", "seed=False is not allowed: Input should not be true or false"),
+        ("evaluate_on=gsm8k", "evaluate_on='gsm8k' is not allowed: Input should be a valid list"),
+        ("target_modules=[]", "target_modules=.. is not allowed: List should have at least 1 item"),
     ],
 )
 def test_bad_overrides_say_what_is_allowed(override, message):
@@ -182,3 +193,43 @@ def test_missing_and_malformed_files(tmp_path):
     broken.write_text("- steps")
     with pytest.raises(ConfigError, match="must hold keys and values, got list"):
         load_run(broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            b"steps: 3\nwarmup_steps: 0\nsteps: 4\n",
+            r"not valid YAML: the key 'steps' stands twice \(line 3, column 1\)",
+        ),
+        (b"steps: 3\n\tseed: 1\n", r"not valid YAML: found character '\\t' that cannot start any token \(line 2"),
+        (b"method: lora # \xff\n", "not valid YAML: 'utf-8' codec can't decode byte 0xff"),
+        (b"method: lora\x00\n", "not valid YAML: unacceptable character #x0000"),
+        (b"model: " + b"[" * 3000, "not valid YAML: RecursionError"),
+        (b"on: 3\n", "keys must be names, got True"),
+        (b"1: 2\n", "keys must be names, got 1"),
+        (b"", "must hold keys and values, got NoneType"),
+        (b"parts:\n  - files: [a.yaml]\n", "run.yaml is a sweep file .* `diablo-theory sweep` runs it"),
+    ],
+)
+def test_what_is_no_run_file_is_one_line_that_names_it(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_run(tmp_path / "run.yaml")
+    assert str(refused.value).startswith(str(tmp_path / "run.yaml"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_is_no_run_file_and_an_empty_one_has_none_to_name(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder: name a file in it"):
+        load_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"no such file: .*lora\.yaml\.$"):
+        load_run(tmp_path / "lora.yaml")
+
+
+def test_anchors_and_merged_keys_are_no_repetition(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "<<: &few {steps: 9, seed: 1}\nseed: 2\nlearning_rate: &rate 0.5\nalpha: *rate\n"
+    )
+    config = load_run(tmp_path / "run.yaml")
+    assert (config.steps, config.seed, config.learning_rate, config.alpha) == (9, 2, 0.5, 0.5)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo_theory.errors import ConfigError
+from diablo_theory.finetune import data
 from diablo_theory.finetune.data import (
     IGNORED,
     Ordered,
@@ -180,3 +181,10 @@ def test_number_of_steps(examples, epochs, size, drop, steps):
 def test_too_few_examples_for_a_batch_are_refused():
     with pytest.raises(ValueError, match="3 training examples do not fill a batch of 4"):
         training_order([1, 2, 3], 2, 4, 0, by_length=False, drop_last=True)
+
+
+def test_more_training_than_memory_holds_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "MOST", 7)
+    with pytest.raises(ValueError, match="2 steps of 4 examples are too many: at most 7 examples in all"):
+        training_order([3] * 4, 2, 4, 0, by_length=False, drop_last=False)
+    assert len(training_order([3] * 4, 1, 7, 0, by_length=False, drop_last=False)) == 7

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from diablo_theory.errors import ChecksumError, ModelUnavailableError
 from diablo_theory.finetune import models
 
 NAME = "SmolLM2-135M-Instruct"
+OTHER_SIZES = '{"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1}'
 
 
 @pytest.fixture
@@ -79,6 +81,9 @@ def test_damaged_cache_is_refused(cache):
     (folder / "source.json").write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(ChecksumError, match="damaged: delete that folder"):
         models.load_model(NAME)
+    (folder / "source.json").write_text("{}")
+    with pytest.raises(ChecksumError, match="damaged: delete that folder"):
+        models.load_model(NAME)
 
 
 def test_unknown_name_and_unloadable_folder(tmp_path):
@@ -86,6 +91,25 @@ def test_unknown_name_and_unloadable_folder(tmp_path):
         models.load_model("SmolLM2-135M")
     with pytest.raises(ModelUnavailableError, match=r"local folder\) cannot be loaded"):
         models.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", "", r"cannot be loaded: SafetensorError: .*header too small"),
+        ("model.safetensors", "not tensors at all", r"cannot be loaded: SafetensorError: "),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', r"cannot be loaded: .*hidden_size"),
+        ("config.json", OTHER_SIZES, r"cannot be loaded: RuntimeError: "),
+        ("tokenizer.json", "{}", r"cannot be loaded: KeyError: "),
+    ],
+)
+def test_a_damaged_folder_is_one_line_that_names_it(tiny_model, tmp_path, file, content, message):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    with pytest.raises(ModelUnavailableError, match=message) as refused:
+        models.load_model(str(tmp_path / "model"))
+    assert str(tmp_path / "model") in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_hub_id_offline_says_what_to_do(monkeypatch):

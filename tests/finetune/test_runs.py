@@ -167,7 +167,7 @@ def test_a_truncated_record_is_named_and_can_be_made_again(config, tmp_path, boa
 
 def test_a_finished_run_that_does_not_say_which_it_is_is_refused(config, tmp_path, board):
     (tmp_path / "metrics.json").write_text('{"exact": 1.0}')
-    with pytest.raises(ResultsError, match=r"holds a finished run, but no config\.json says which"):
+    with pytest.raises(ResultsError, match=r"holds metrics\.json, but no config\.json says of which run"):
         runs.execute(config(), tmp_path, board)
 
 

@@ -131,10 +131,31 @@ def test_mistakes_are_told_before_the_first_run(spec, tmp_path):
     with pytest.raises(ConfigError, match="both called words/lora"):
         sweep.planned(twice)
     (tmp_path / "bad.yaml").write_text("parts:\n  - file: [a.yaml]\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: parts\.0\.files: Field required"):
+    with pytest.raises(ConfigError, match=r"bad\.yaml: parts\.0\.files is missing"):
         sweep.read_sweep(tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="no such file"):
         sweep.planned(sweep.SweepFile(parts=(sweep.Part(files=("nowhere/lora.yaml",)),)))
+
+
+def test_a_part_that_varies_over_nothing_is_refused(tmp_path):
+    (tmp_path / "bad.yaml").write_text("parts:\n  - files: [a.yaml]\n    vary: {seed: []}\n")
+    with pytest.raises(
+        ConfigError, match=r"parts\.0\.vary\.seed=\[\] is not allowed: List should have at least 1 item"
+    ):
+        sweep.read_sweep(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("value", ["../../elsewhere", "m" * 300])
+def test_a_run_s_folder_lies_in_the_sweep_s(spec, value):
+    part = sweep.Part(files=spec.parts[0].files, set=TINY, vary={"data_root": (value,)})
+    with pytest.raises(ConfigError, match="cannot be the name of a run's folder"):
+        sweep.planned(sweep.SweepFile(parts=(part,)))
+
+
+def test_a_mistake_says_in_which_run_it_is(spec):
+    part = sweep.Part(files=spec.parts[0].files, set=TINY, vary={"seed": (0, -1)})
+    with pytest.raises(ConfigError, match=r"^words/\w+-seed=-1: seed=-1 is not allowed"):
+        sweep.planned(sweep.SweepFile(parts=(part,)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from diablo_theory.errors import ConfigError, ModelUnavailableError, nearest
+from diablo_theory.errors import ConfigError, ModelUnavailableError, brief, nearest
 
 #: The matrices of one decoder layer, in the order in which a forward pass meets them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -159,9 +159,8 @@ def model_shapes(name_or_path: str) -> Shapes:
         )
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise ModelUnavailableError(f"the configuration of {name_or_path!r} cannot be read: {said}") from error
+    except Exception as error:  # a damaged file: transformers lets through what its parts say
+        raise ModelUnavailableError(f"the configuration of {name_or_path!r} cannot be read: {brief(error)}") from error
     try:
         return _from_config(name_or_path, "local folder" if folder.is_dir() else "hub", config)
     except ConfigError:

@@ -199,7 +199,7 @@ def _read_text(path: Path, name: str) -> Sequence[object]:
 def _array(text: str, name: str) -> list[object]:
     try:
         rows: list[object] = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and too much nesting, too
         raise ConfigError(f"{name}, record {_whole(text) + 1:,}: truncated or damaged JSON ({error})") from error
     return rows
 
@@ -212,7 +212,7 @@ def _whole(text: str) -> int:
     while True:
         try:
             _, position = decode(rest, position)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return count
         count += 1
         while position < len(rest) and rest[position] in ", \t\r\n":
@@ -226,7 +226,7 @@ def _lines(text: str, name: str) -> list[object]:
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"{error}; needed: a JSON array, or one JSON object a line"
             raise ConfigError(f"{name}, record {len(rows) + 1:,}: truncated or damaged ({problem})") from error
     return rows

@@ -78,6 +78,9 @@ def test_a_model_that_is_no_causal_language_model_is_refused(config, kind, tmp_p
 
 
 def test_a_broken_configuration_is_said_to_be_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    with pytest.raises(ModelUnavailableError, match=r"the configuration of .* cannot be read: .*hidden_size"):
+        model_shapes(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(ModelUnavailableError, match=r"the configuration of .* cannot be read"):
         model_shapes(str(tmp_path))
