@@ -12,11 +12,10 @@ from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.files import read_json, write_with
 from diablo_theory.finetune import runs
 from diablo_theory.finetune.config import experiments_folder, overridden, read_run_file
-from diablo_theory.finetune.folder import FAILED, PREDICTIONS
-from diablo_theory.finetune.scoring import read_predictions
 from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.methods import Method
 from diablo_theory.progress import Board
+from diablo_theory.records import FAILED, PREDICTIONS, read_predictions
 from diablo_theory.reporting.intervals import score
 
 #: A factor of about three between neighbours, wide enough that no method's best is at an edge.

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from diablo_theory.cli import common
 from diablo_theory.finetune.config import resolve
-from diablo_theory.finetune.folder import METRICS
 from diablo_theory.progress import Board
+from diablo_theory.records import METRICS
 
 RUN = ["num_blocks=6", "steps=2", "batch_size=2", "warmup_steps=1", "eval_items=4", "device=cpu", "save_every=1"]
 

@@ -257,9 +257,9 @@ def show(
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import read_json
     from diablo_theory.finetune.config import experiments_folder
-    from diablo_theory.finetune.folder import CONFIG, ERROR, PREDICTIONS, state
+    from diablo_theory.finetune.folder import state
     from diablo_theory.finetune.reading import read_yaml
-    from diablo_theory.finetune.scoring import read_predictions
+    from diablo_theory.records import CONFIG, ERROR, PREDICTIONS, read_predictions
 
     if not (run / CONFIG).is_file() and not (run / ERROR).is_file():
         raise ResultsError(f"{run} holds no run: there is no {CONFIG}")
@@ -340,7 +340,7 @@ def collect(
     Example: `diablo-theory collect results/small_scale --out paper_results/reproduced/suites`
     """
     from diablo_theory.cli.common import wrote
-    from diablo_theory.reporting.records import not_ended
+    from diablo_theory.reporting.ended_runs import not_ended
     from diablo_theory.reporting.suite_tables import readable_sections
     from diablo_theory.reporting.suites import collect_suites, save_suites
     from diablo_theory.reporting.terminal import ascii_text

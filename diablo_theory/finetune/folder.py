@@ -21,13 +21,12 @@ from diablo_theory.files import is_held, locked, read_json, remove_partial
 from diablo_theory.finetune.checkpoints import last_whole_checkpoint
 from diablo_theory.finetune.config import ELSEWHERE, RunConfig
 from diablo_theory.finetune.models import pick_device
-from diablo_theory.finetune.saved import PUT_BACK, read_failure, read_metrics
+from diablo_theory.finetune.saved import PUT_BACK, read_failure
 from diablo_theory.finetune.train import WEIGHTS
+from diablo_theory.records import CONFIG, ERROR, FAILED, LOG, METRICS, PREDICTIONS, Metrics, read_checked
 
-CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.json"
-FAILED, ERROR = "failed.json", "error.txt"
-LOG, PREDICTIONS, ADAPTER, CHECKPOINTS = "log.csv", "predictions", "adapter", "checkpoints"
-QUANTISED, INPUTS = "quantised.csv", "inputs.json"
+ENVIRONMENT, ADAPTER, CHECKPOINTS, INPUTS = "environment.json", "adapter", "checkpoints", "inputs.json"
+QUANTISED = "quantised.csv"
 #: What a run makes when it owns its folder; somebody else's must be neither taken for it nor replaced.
 RESULTS = (METRICS, FAILED, LOG, WEIGHTS, PREDICTIONS, ADAPTER, CHECKPOINTS)
 
@@ -35,7 +34,7 @@ RESULTS = (METRICS, FAILED, LOG, WEIGHTS, PREDICTIONS, ADAPTER, CHECKPOINTS)
 def finished(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run, or None; they are written last."""
     path = folder / METRICS
-    return read_metrics(path) if path.is_file() else None
+    return read_checked(path, Metrics) if path.is_file() else None
 
 
 def check_owner(folder: Path, config: RunConfig) -> None:

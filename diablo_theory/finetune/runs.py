@@ -20,24 +20,20 @@ from diablo_theory.finetune.data import Ordered
 from diablo_theory.finetune.folder import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
     ENVIRONMENT,
-    ERROR,
-    FAILED,
     INPUTS,
-    LOG,
-    METRICS,
     check_inputs,
     check_owner,
     finished,
     held,
 )
 from diablo_theory.finetune.models import load_model
-from diablo_theory.finetune.saved import read_attempts, read_config, read_failure, read_log
+from diablo_theory.finetune.saved import read_attempts, read_config, read_failure
 from diablo_theory.finetune.scoring import score_tasks
 from diablo_theory.finetune.setup import Board, Load, Setup, put_trained, read_problems, set_up, trained_model
 from diablo_theory.finetune.train import MEMORY, WEIGHTS, train
 from diablo_theory.provenance import provenance
+from diablo_theory.records import CONFIG, ERROR, FAILED, LOG, METRICS, read_log
 
 
 def execute(config: RunConfig, folder: Path, board: Board, load: Load = load_model) -> dict[str, Any]:

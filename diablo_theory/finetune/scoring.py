@@ -13,15 +13,14 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from pandas.api.types import is_numeric_dtype
 
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.files import write_with
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.evaluate import evaluate
-from diablo_theory.finetune.folder import PREDICTIONS
 from diablo_theory.finetune.setup import Board, Problems, Setup
 from diablo_theory.finetune.tasks import TASKS, Example
+from diablo_theory.records import PREDICTIONS, TEXT, read_predictions
 
 
 def score_tasks(
@@ -87,28 +86,6 @@ def _require_finite(items: pd.DataFrame, what: str, task: str) -> None:
     if not (finite := items["loss_sum"].map(math.isfinite)).all():
         item = int(items.loc[~finite, "item"].iloc[0])
         raise NonFiniteError(f"the loss of {what} {item} ({task}) is not finite: the model holds NaN?")
-
-
-#: Columns of predictions that hold text, which pandas must not take for numbers or missing values.
-TEXT = ("cluster", "prompt", "answer", "gold", "completion")
-
-
-def read_predictions(file: Path) -> pd.DataFrame:
-    """What a run has answered.
-
-    Raises:
-        ResultsError: If the file is damaged.
-    """
-    try:
-        items: pd.DataFrame = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(TEXT, str))
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}): delete it and run again") from error
-    if missing := [name for name in ("item", *TEXT, "loss_sum", "tokens") if name not in items]:
-        raise ResultsError(f"{file} has no column {missing[0]}: delete it and run again")
-    odd = [name for name in items.columns if name not in TEXT and not is_numeric_dtype(items[name])]
-    if odd and len(items):
-        raise ResultsError(f"{file}: not all of {odd[0]} are numbers: delete it and run again")
-    return items
 
 
 def summary(items: pd.DataFrame, task: str) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from diablo_theory.finetune.config import (
     read_run_file,
     small_scale,
 )
-from diablo_theory.finetune.folder import ERROR, check_owner, finished
+from diablo_theory.finetune.folder import check_owner, finished
 from diablo_theory.finetune.reading import read_yaml, refusal
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
+from diablo_theory.records import ERROR
 
 #: Bytes of a name in usual file systems.
 LONGEST_NAME = 255

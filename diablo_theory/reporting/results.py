@@ -10,6 +10,7 @@ import pandas as pd
 
 from diablo_theory.errors import ResultsError, nearest
 from diablo_theory.files import read_json
+from diablo_theory.records import read_predictions
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, Estimate, score, time_ratio
 
 #: 2: a run may be scored on several tasks, each with predictions and metrics of its own.
@@ -25,9 +26,6 @@ COLUMNS = (
 
 _VERDICT_COLUMNS = ["check", "statement", "role", "premise_margin", "claim_margin", "tolerance", "passed"]
 _MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "frozen_gap", "in_theorem"]
-#: Columns of predictions that hold text, which pandas must not take for numbers or missing values.
-ITEM_TEXT = ["cluster", "prompt", "answer", "gold", "completion"]
-_ITEM_COLUMNS = ["item", *ITEM_TEXT, "exact", "loss_sum", "tokens"]
 _RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test"]
 _RUN_KEYS += ["scale", "exact_means"]
 _RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seconds", "final_train_loss"]
@@ -254,10 +252,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _read_csv(path: Path, columns: list[str], filled: list[str], **options: Any) -> pd.DataFrame:
+def _read_csv(path: Path, columns: list[str], filled: list[str]) -> pd.DataFrame:
     advice = f"Delete {path} and run `diablo-theory reproduce` again."
     try:
-        frame: pd.DataFrame = pd.read_csv(path, **options)
+        frame: pd.DataFrame = pd.read_csv(path)
     except (ValueError, OSError) as error:  # pandas' own parser errors are ValueErrors
         raise ResultsError(f"{path} cannot be read ({error}). {advice}") from error
     missing = [column for column in columns if column not in frame.columns]
@@ -314,9 +312,7 @@ def _all_items(runs: pd.DataFrame, folders: dict[str, Path]) -> pd.DataFrame:
     frames = []
     for run in runs.itertuples(index=False):
         path = folders[str(run.run_id)] / "predictions" / f"{run.task}.csv"
-        as_text: dict[str, Any] = {"keep_default_na": False, "dtype": dict.fromkeys(ITEM_TEXT, str)}
-        numeric = {column: ["", "nan", "NaN"] for column in ("exact", "lenient", "loss_sum", "tokens")}
-        frame = _read_csv(path, _ITEM_COLUMNS, ["exact", "loss_sum", "tokens"], na_values=numeric, **as_text)
+        frame = read_predictions(path, f"Delete {path} and run `diablo-theory reproduce` again.")
         if len(frame) != run.n_test:
             raise ResultsError(
                 f"{path} holds {len(frame)} test problems where metrics.json says {run.n_test}: it is truncated or "

@@ -20,8 +20,8 @@ import pandas as pd
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.files import write_with
+from diablo_theory.reporting.ended_runs import ended, read_outcomes, read_record, read_training
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, score
-from diablo_theory.reporting.records import ended, read_outcomes, read_record, read_training
 from diablo_theory.reporting.results import COLUMNS, SCHEMA_VERSION, validate_rows
 
 #: Files of a collection.

@@ -7,7 +7,8 @@ import pytest
 from diablo_theory.errors import ConfigError, SweepError
 from diablo_theory.files import locked, write_json
 from diablo_theory.finetune import cluster, sweep
-from diablo_theory.finetune.folder import ERROR, state
+from diablo_theory.finetune.folder import state
+from diablo_theory.records import ERROR
 
 LIMIT = {"timeout_min": 5}
 

@@ -13,7 +13,7 @@ from diablo_theory.finetune import runs, saved, train
 from diablo_theory.finetune.checkpoints import SEAL, last_whole_checkpoint, seal
 from diablo_theory.finetune.config import resolve
 from diablo_theory.finetune.folder import check_owner, finished, state
-from diablo_theory.finetune.scoring import read_predictions
+from diablo_theory.records import read_log, read_predictions
 
 METRICS = {
     "label": "LoRA r=3",
@@ -24,6 +24,7 @@ METRICS = {
     "scores": {"word_problems": {"n": 6, "exact": 0.5, "loss_per_token": 2.5, "means": {"exact": "right"}}},
 }
 SCORES = {"word_problems": METRICS["scores"]["word_problems"]}
+LOG = "step,loss,learning_rate,grad_norm,seconds"
 HEADER = "item,cluster,prompt,answer,gold,completion,exact,loss_sum,tokens"
 
 
@@ -147,10 +148,10 @@ def test_configurations_that_cannot_be_used_are_told(tmp_path, board, changes, m
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEADER.replace("completion", "text") + "\n0,c,p,a,g,t,1.0,2.0,3\n", "has no column completion"),
-        (HEADER.replace("tokens", "toks") + "\n0,c,p,a,g,t,1.0,2.0,3\n", "has no column tokens"),
-        (HEADER + "\n0,c,p,a,g,t,x,2.0,3\n", "not all of exact are numbers"),
-        (HEADER + "\n0,c,p,a,g,t,1.0,2.0,3\n1,c,p,a,g,t,1.0\n", "not all of loss_sum are numbers"),
+        (HEADER.replace("completion", "text") + "\n0,c,p,a,g,t,1.0,2.0,3\n", r"lacks the column\(s\) completion"),
+        (HEADER.replace("tokens", "toks") + "\n0,c,p,a,g,t,1.0,2.0,3\n", r"lacks the column\(s\) tokens"),
+        (HEADER + "\n0,c,p,a,g,t,x,2.0,3\n", r"exact of problem 0 \(row 1\) is 'x'; allowed: a number from 0 to 1"),
+        (HEADER + "\n0,c,p,a,g,t,1.0,2.0,3\n1,c,p,a,g,t,1.0\n", r"loss_sum of problem 1 \(row 2\) is ''"),
         ("", "cannot be read"),
     ],
 )
@@ -159,7 +160,7 @@ def test_damaged_predictions_are_told(tmp_path, text, message):
     file.write_text(f"{HEADER}\n0,c,p,a,g,t,1.0,2.0,3\n")
     assert len(read_predictions(file)) == 1
     file.write_text(text)
-    with pytest.raises(ResultsError, match=rf"word_problems\.csv:? {message}.*delete it and run again"):
+    with pytest.raises(ResultsError, match=rf"word_problems\.csv:? {message}.*Delete it and run the same"):
         read_predictions(file)
 
 
@@ -168,22 +169,22 @@ def test_damaged_predictions_are_told(tmp_path, text, message):
     [
         ("", "cannot be read"),
         ("\xff", "cannot be read"),
-        ("step,loss,seconds\n1,2.0,3.0\n", "holds 1 of 2 steps: delete"),
-        ("step,loss,seconds\n1,2.0,3.0\n2,2.0\n", "holds 2 of 2 steps without seconds: delete"),
-        ("step,loss\n1,2.0\n2,2.0\n", "holds 2 of 2 steps without seconds: delete"),
-        ("step,loss,seconds\n1,x,3.0\n2,2.0,3.0\n", "holds 2 of 2 steps without loss: delete"),
+        (f"{LOG}\n1,2.0,0.1,1.0,3.0\n", "does not hold the steps 1 to 2"),
+        (f"{LOG}\n1,2.0,0.1,1.0,3.0\n2,2.0\n", "has no whole column seconds"),
+        ("step,loss,learning_rate,grad_norm\n1,2.0,0.1,1.0\n2,2.0,0.1,1.0\n", "has no whole column seconds"),
+        (f"{LOG}\n1,x,0.1,1.0,3.0\n2,2.0,0.1,1.0,3.0\n", "has no whole column loss"),
     ],
 )
 def test_damaged_logs_are_told(tmp_path, text, message):
     (tmp_path / "log.csv").write_text(text, encoding="latin-1")
     with pytest.raises(ResultsError, match=rf"log\.csv {message}"):
-        saved.read_log(tmp_path / "log.csv", 2)
+        read_log(tmp_path / "log.csv", 2)
 
 
 def test_a_log_that_lost_steps_is_not_a_shorter_training(do, scored):
     log = (scored / "log.csv").read_text()
     (scored / "log.csv").write_text("".join(log.splitlines(keepends=True)[:3]))
-    with pytest.raises(ResultsError, match=r"log\.csv holds 2 of 5 steps"):
+    with pytest.raises(ResultsError, match=r"log\.csv does not hold the steps 1 to 5"):
         do("run")
     (scored / "log.csv").unlink()
     assert do("run")[0]["steps"] == 5

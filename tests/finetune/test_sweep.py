@@ -3,7 +3,8 @@ import pytest
 from diablo_theory.errors import ConfigError, NonFiniteError
 from diablo_theory.finetune import runs, sweep
 from diablo_theory.finetune.config import experiments_folder
-from diablo_theory.finetune.folder import CONFIG, ERROR, METRICS, run_folders, state
+from diablo_theory.finetune.folder import run_folders, state
+from diablo_theory.records import CONFIG, ERROR, METRICS
 
 TINY = {
     "num_blocks": 6,

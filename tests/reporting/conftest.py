@@ -54,7 +54,7 @@ def make_items(task: str, label: str, seed: int, n: int) -> pd.DataFrame:
     exact = (answers.random(n) < share).astype(int)
     tokens = problems.integers(3, 9, size=n)
     repeats = 1 if task == "word_problems" else 3
-    return pd.DataFrame(
+    items = pd.DataFrame(
         {
             "item": np.arange(n),
             "cluster": [f"{task}-{i // repeats}" for i in range(n)],
@@ -65,11 +65,12 @@ def make_items(task: str, label: str, seed: int, n: int) -> pd.DataFrame:
             "gold": "",
             "completion": [f"{x + y + (not e)}<script>alert(1)</script>" for x, y, e in zip(a, b, exact, strict=True)],
             "exact": exact,
-            "lenient": exact if task == "word_problems" else np.nan,
+            "lenient": exact,
             "loss_sum": tokens * loss * answers.gamma(2.0, 0.5, size=n) * (1.6 - exact),
             "tokens": tokens,
         }
     )
+    return items if task == "word_problems" else items.drop(columns="lenient")  # that task alone has it
 
 
 def make_log(label: str, seed: int, steps: int) -> pd.DataFrame:

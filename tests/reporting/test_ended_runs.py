@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.records import ended, not_ended, read_outcomes, read_record, read_training
+from diablo_theory.reporting.ended_runs import ended, not_ended, read_outcomes, read_record, read_training
 
 NAMES = {"suite": "word_problems", "model": "small", "method": "diablo", "seed": 1}
 CONFIG = NAMES | {"protocol": "clean", "dtype": "float32", "quantise": None, "num_blocks": 64, "learning_rate": 0.01}
@@ -47,19 +47,23 @@ def test_a_whole_run_is_read_as_it_is(folder):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"seed": "gone"}, "config.json lacks seed. Put it back"),
-        ("config.json", {"seed": 1.5}, "config.json: seed=1.5 is not allowed: Input should be a valid integer"),
-        ("config.json", {"seed": None}, "config.json: seed=None is not allowed"),
+        (
+            "config.json",
+            {"seed": "gone"},
+            "config.json was edited, or is of another version: seed is missing. Put it back",
+        ),
+        ("config.json", {"seed": 1.5}, "seed=1.5 is not allowed: Input should be a valid integer"),
+        ("config.json", {"seed": None}, "seed=None is not allowed"),
         ("config.json", {"seed": 0}, "config.json says seed=0, metrics.json beside it 1"),
         ("config.json", {"method": "lora"}, "config.json says method='lora', metrics.json beside it 'diablo'"),
         ("config.json", {"eval_split": "tset"}, "eval_split='tset' is not allowed: Input should be 'test' or 'valid"),
         ("config.json", {"learning_rate": "fast"}, "learning_rate='fast' is not allowed"),
-        ("config.json", {"quantise": {"bits": 4}}, "config.json lacks quantise.method"),
+        ("config.json", {"quantise": {"bits": 4}}, "quantise.method is missing"),
         ("config.json", {"evaluate_on": ["boolq"]}, "metrics.json has no scores of boolq, which config.json lists"),
-        ("metrics.json", {"label": "gone"}, "metrics.json lacks label"),
-        ("metrics.json", {"scores": "gone"}, "metrics.json lacks scores"),
+        ("metrics.json", {"label": "gone"}, "metrics.json was edited, or is of another version: label is missing"),
+        ("metrics.json", {"scores": "gone"}, "scores is missing"),
         ("metrics.json", {"scores": {}}, "metrics.json has no scores of word_problems"),
-        ("metrics.json", {"scores": {"word_problems": {"n": 2}}}, "lacks scores.word_problems.loss_per_token"),
+        ("metrics.json", {"scores": {"word_problems": {"n": 2}}}, "scores.word_problems.loss_per_token is missing"),
         ("metrics.json", {"scores": {"word_problems": SCORES | {"n": 0}}}, "scores.word_problems.n=0 is not allowed"),
         ("metrics.json", {"scores": {"word_problems": SCORES | {"exact": "x"}}}, "scores.word_problems.exact='x' is"),
         ("metrics.json", {"trainable_pct": 400}, "trainable_pct=400 is not allowed"),
@@ -91,7 +95,7 @@ def test_a_diverged_run_needs_its_names_alone(folder):
     (folder / "failed.json").write_text(json.dumps(named | {"error": "nan"}))
     assert not read_record(folder).finished
     changed(folder / "failed.json", {"label": "gone"})
-    with pytest.raises(ResultsError, match=r"failed.json lacks label"):
+    with pytest.raises(ResultsError, match=r"failed.json was edited, or is of another version: label is missing"):
         read_record(folder)
 
 
@@ -173,8 +177,8 @@ def test_what_never_trained_has_no_course(folder):
     ("log", "message"),
     [
         (None, r"log\.csv cannot be read"),
-        (LOG.drop(columns="loss"), r"log\.csv lacks the column\(s\) loss"),
-        (LOG[:1], "does not hold the steps 1 to 2 that metrics.json says were done"),
+        (LOG.drop(columns="loss"), r"log\.csv has no whole column loss"),
+        (LOG[:1], "does not hold the steps 1 to 2"),
         (pd.concat([LOG, LOG]), "does not hold the steps 1 to 2"),
     ],
 )

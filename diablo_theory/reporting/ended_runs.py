@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.files import read_json
-from diablo_theory.reporting.results import ITEM_TEXT
+from diablo_theory.records import (
+    CONFIG,
+    ERROR,
+    FAILED,
+    LOG,
+    METRICS,
+    TEXT,
+    Count,
+    Metrics,
+    Real,
+    read_checked,
+    read_log,
+    read_predictions,
+)
 
-CONFIG, METRICS, FAILED, ERROR = "config.json", "metrics.json", "failed.json", "error.txt"
-LOG = "log.csv"
-_LOGGED = ["step", "loss", "learning_rate", "grad_norm"]
 #: What both files of a finished run say: one that says otherwise has been changed.
 _IN_BOTH = ("suite", "method", "model", "seed")
 _ADVICE = "Put it back as it was, or move this run out of the folder and do it again."
-_MOST = sys.float_info.max
-
-Count = Annotated[int, Field(ge=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -46,7 +50,7 @@ class _Config(_Part):
     dtype: str
     quantise: _Quantise | None
     num_blocks: Count
-    learning_rate: Finite = Field(gt=0)
+    learning_rate: Real = Field(gt=0)
     evaluate_on: list[str] = Field(min_length=1)
     eval_split: Literal["test", "validation"]
     scale: Literal["small", "full"]
@@ -57,25 +61,15 @@ class _Named(_Part):
     label: str
     model_sha256: str | None
     trainable_params: Count
-    trainable_pct: Finite = Field(ge=0, le=100)
+    trainable_pct: Real = Field(ge=0, le=100)
 
 
-class _Score(_Part):
-    __pydantic_extra__: dict[str, float]
-    n: int = Field(ge=1)
-    loss_per_token: float
-    means: dict[str, str] = {}
-
-
-class _Metrics(_Named):
+class _Metrics(Metrics):
     suite: str
     model: str
     method: str
     seed: Count
-    steps: Count
-    train_seconds: Finite | None = Field(ge=0)
-    scores: dict[str, _Score]
-    data: dict[str, str]
+    model_sha256: str | None
     provenance: dict[str, Any]
 
 
@@ -119,23 +113,11 @@ def read_record(folder: Path) -> Record:
     name = METRICS if finished else FAILED
     if not (folder / CONFIG).is_file():
         raise ResultsError(f"{folder} holds {name}, but no {CONFIG} says which run that is. {_ADVICE}")
-    config, metrics = (read_json(folder / file, _ADVICE) for file in (CONFIG, name))
-    _check(folder / CONFIG, config, _Config)
-    _check(folder / name, metrics, _Metrics if finished else _Named)
+    config = read_checked(folder / CONFIG, _Config, _ADVICE)
+    metrics = read_checked(folder / name, _Metrics if finished else _Named, _ADVICE)
     if finished:
         _require_agreement(folder, config, metrics)
     return Record(config, metrics, finished)
-
-
-def _check(path: Path, values: dict[str, Any], kind: type[BaseModel]) -> None:
-    try:
-        kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "missing":
-            raise ResultsError(f"{path} lacks {where}. {_ADVICE}") from None
-        raise ResultsError(f"{path}: {where}={problem['input']!r} is not allowed: {problem['msg']}") from None
 
 
 def _require_agreement(folder: Path, config: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -151,77 +133,38 @@ def _require_agreement(folder: Path, config: dict[str, Any], metrics: dict[str, 
 
 
 def read_outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
-    """Every problem's outcome on one task, with the texts.
+    """Every problem's outcome on one task, as :func:`~diablo_theory.records.read_predictions` returns them.
 
     Args:
         file: The predictions.
         scores: What metrics.json says of the task: n, the mean of each metric, loss_per_token.
 
-    Returns:
-        A row a problem: item, cluster, prompt, answer, gold, completion, the metrics (0 to 1), loss_sum, tokens.
-
     Raises:
         ResultsError: If the file is missing or damaged, or does not give these scores.
     """
-    try:
-        items: pd.DataFrame = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(ITEM_TEXT, str))
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}). {_ADVICE}") from error
+    items = read_predictions(file, _ADVICE)
     metrics = sorted(scores.keys() - {"n", "means", "loss_per_token"})
-    needed = ["item", *ITEM_TEXT, "loss_sum", "tokens", *metrics]
-    if missing := [name for name in needed if name not in items]:
+    if missing := [name for name in metrics if name not in items]:
         raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {_ADVICE}")
-    items = items[[name for name in items if name in needed]].copy()
     if len(items) != scores["n"]:
         raise ResultsError(f"{file} holds {len(items)} problems where {METRICS} says {scores['n']}. {_ADVICE}")
-    _require_numbers(file, items, metrics)
     _require_scores(file, items, scores, metrics)
-    return items
+    return items[[name for name in items if name in ("item", *TEXT, "loss_sum", "tokens", *metrics)]]
 
 
 def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
-    """The course of a run's training.
+    """The course of a run's training without its times; empty of a run that trained nothing.
 
     Args:
         folder: The run.
         steps: Those that metrics.json says were done; None for a diverged run, which may have logged any number.
 
-    Returns:
-        A row a step: step, loss, learning_rate, grad_norm, grad_norm/PART. None of a run that trained nothing.
-
     Raises:
         ResultsError: If log.csv is missing or damaged, or does not hold these steps.
     """
-    file = folder / LOG
-    if not file.is_file() and not steps:
-        return pd.DataFrame(columns=_LOGGED)
-    try:
-        log: pd.DataFrame = pd.read_csv(file)
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}). {_ADVICE}") from error
-    if missing := [name for name in _LOGGED if name not in log]:
-        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {_ADVICE}")
-    if steps is not None and log["step"].tolist() != list(range(1, steps + 1)):
-        raise ResultsError(f"{file} does not hold the steps 1 to {steps} that {METRICS} says were done. {_ADVICE}")
-    return log[[name for name in map(str, log) if name in _LOGGED or name.startswith("grad_norm/")]]
-
-
-def _require_numbers(file: Path, items: pd.DataFrame, metrics: list[str]) -> None:
-    """Turn columns into numbers, each of them where it may be."""
-    ranges = dict.fromkeys(metrics, (0.0, 1.0, "a number from 0 to 1"))
-    ranges |= {"loss_sum": (0.0, _MOST, "a number of nats, 0 or more"), "tokens": (1.0, _MOST, "a number, 1 or more")}
-    ranges |= {"item": (0.0, _MOST, "a number, 0 or more")}
-    for name, (low, high, allowed) in ranges.items():
-        numbers = pd.to_numeric(items[name], errors="coerce")
-        if (bad := ~numbers.between(low, high)).any():  # NaN lies between nothing
-            row = int(bad.to_numpy().argmax())
-            raise ResultsError(
-                f"{file}: {name} of problem {items['item'][row]} (row {row + 1}) is {items[name].tolist()[row]!r}; "
-                f"allowed: {allowed}. {_ADVICE}"
-            )
-        items[name] = numbers
-    if (twice := items["item"].duplicated()).any():
-        raise ResultsError(f"{file} holds problem {items.loc[twice, 'item'].iloc[0]} twice. {_ADVICE}")
+    if not (folder / LOG).is_file() and not steps:
+        return pd.DataFrame(columns=["step"])
+    return read_log(folder / LOG, steps, _ADVICE).drop(columns="seconds")
 
 
 def _require_scores(file: Path, items: pd.DataFrame, scores: dict[str, Any], metrics: list[str]) -> None:
