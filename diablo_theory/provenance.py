@@ -1,4 +1,4 @@
-"""Where and with what numbers were made: versions, hardware, commit."""
+"""When, where and with what numbers were made: date (UTC), versions, hardware, commit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Everything that a reader needs to judge or repeat a result on ``device``, ready for JSON."""
     commit = _git("rev-parse", "HEAD")
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "package_version": __version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},

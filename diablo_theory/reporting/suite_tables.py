@@ -161,10 +161,12 @@ def summary(suites: Suites) -> str:
     scales = " and ".join(sorted(set(configs["scale"])))
     machines = set(zip(made["device"].astype(str), made["cpu"].astype(str), strict=True))
     where = ", ".join(f"{device} ({cpu})" for device, cpu in sorted(machines))
+    dates = sorted(str(date) for date in made["date"].dropna())
+    when = f" {dates[0]}" if dates and dates[0] == dates[-1] else f" {dates[0]} to {dates[-1]}" if dates else ""
     commits = ", ".join(sorted({str(commit)[:10] for commit in made["commit"]}))
     changed = " (with changes)" if made["dirty"].astype(bool).any() else ""
     runs = f"{ended['finished']} runs{lost} at {scales} scale"
-    return f"{runs}, {trained:.1f} h of training on {where}; commit {commits}{changed}."
+    return f"{runs}, {trained:.1f} h of training{when} on {where}; commit {commits}{changed}."
 
 
 def readable_sections(suites: Suites) -> str:

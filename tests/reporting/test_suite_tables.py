@@ -10,13 +10,20 @@ import pytest
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.style import save
 from diablo_theory.reporting.suite_plots import methods, settings
-from diablo_theory.reporting.suite_tables import LESS, build_sections, readable_section, readable_sections, title
+from diablo_theory.reporting.suite_tables import (
+    LESS,
+    build_sections,
+    readable_section,
+    readable_sections,
+    summary,
+    title,
+)
 from diablo_theory.reporting.suites import Suites
 
 BASE = {"train_on": "word_problems", "num_blocks": 64, "learning_rate": 1e-2, "quantise": None, "dtype": "float32"}
 BASE |= {"eval_split": "test", "evaluate_on": '["word_problems"]'}
 MADE = {"state": "finished", "trainable_params": 1_000, "model_sha256": "ab", "train_data": "cd", "conditions": "{}"}
-MADE |= {"train_seconds": 60.0, "device": "cpu", "cpu": "any", "commit": "abc", "dirty": False}
+MADE |= {"train_seconds": 60.0, "device": "cpu", "cpu": "any", "commit": "abc", "dirty": False, "date": "2026-01-02"}
 FOUR = json.dumps({"method": "rtn", "bits": 4})
 RUNS = [  # suite, method, label, what differs
     ("word_problems", "none", "Untouched model", {}),
@@ -233,3 +240,11 @@ def test_every_panel_of_settings_names_its_one_task(sections):
     assert titles == [f"{what}, word problems" for what in ("Learning rate", "Patterns", "Number of blocks", "Bases")]
     with pytest.raises(ResultsError, match="the section blocks holds word_problems and boolq; a panel"):
         settings({"blocks": pd.concat([sections["blocks"], sections["methods"]])}, "")
+
+
+def test_the_summary_says_when_and_where():
+    suites = made_up()
+    assert "h of training 2026-01-02 on cpu (any); commit abc." in summary(suites)
+    suites.configs.loc[0, "date"] = "2026-01-05"
+    assert "h of training 2026-01-02 to 2026-01-05 on cpu" in summary(suites)
+    assert "h of training on cpu" in summary(replace(suites, configs=suites.configs.assign(date=None)))
