@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class DiabloTheoryError(Exception):
@@ -69,3 +73,17 @@ def brief(error: BaseException) -> str:
     said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     sentence = isinstance(error, OSError | ValueError)  # the message of others is hardly one
     return said if sentence else f"{type(error).__name__}: {said.rstrip('.')}."
+
+
+def refusal(error: ValidationError) -> str:
+    """The first thing that pydantic has found wrong, in the words of who writes YAML or JSON."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    if not where:  # keys that do not fit together
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}"
+    said = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+    return f"{where}={problem['input']!r:.200} is not allowed: {said}"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: How the names of files and folders begin that are not whole yet.
 PARTIAL = ".partial-"
+#: What to do with a damaged file that is made again.
+AGAIN = "Delete it and run the same command again."
 #: The file whose lock holds a folder, and seconds to wait for it: who only asks has it for a moment.
 LOCK, PATIENCE = ".lock", 2.0
 
@@ -145,7 +147,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, advice: str = "Delete it and run the same command again.") -> dict[str, Any]:
+def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     """A file that holds one JSON object.
 
     Args:
@@ -185,7 +187,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from error
 
 
-def read_tensors(path: Path, advice: str = "Delete it and run the same command again.") -> dict[str, Tensor]:
+def read_tensors(path: Path, advice: str = AGAIN) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
     Args:

@@ -13,8 +13,8 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory.errors import ResultsError
-from diablo_theory.files import read_json
+from diablo_theory.errors import ResultsError, refusal
+from diablo_theory.files import AGAIN, read_json
 
 CONFIG, METRICS, FAILED, ERROR = "config.json", "metrics.json", "failed.json", "error.txt"
 LOG, PREDICTIONS = "log.csv", "predictions"
@@ -22,7 +22,6 @@ LOG, PREDICTIONS = "log.csv", "predictions"
 TEXT = ("cluster", "prompt", "answer", "gold", "completion")
 #: Columns of a log, beside ``grad_norm/PART`` for each part of what trains.
 LOGGED = ("step", "loss", "learning_rate", "grad_norm", "seconds")
-AGAIN = "Delete it and run the same command again."
 _MOST = sys.float_info.max
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -68,13 +67,7 @@ def read_checked(path: Path, kind: type[BaseModel], advice: str = AGAIN) -> dict
     try:
         kind.model_validate(found)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        missing = problem["type"] == "missing"
-        what = (
-            f"{where} is missing" if missing else f"{where}={problem['input']!r:.200} is not allowed: {problem['msg']}"
-        )
-        raise ResultsError(f"{path} was edited, or is of another version: {what}. {advice}") from None
+        raise ResultsError(f"{path} was edited, or is of another version: {refusal(error)}. {advice}") from None
     return found
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from diablo_theory.errors import ConfigError, nearest
-from diablo_theory.finetune.reading import parsed, read_yaml, refusal
+from diablo_theory.errors import ConfigError, nearest, refusal
+from diablo_theory.finetune.reading import parsed, read_yaml
 from diablo_theory.finetune.tasks import TASKS, Protocol
 from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig

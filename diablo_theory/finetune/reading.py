@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from diablo_theory.errors import ConfigError, nearest
 
@@ -63,17 +62,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if odd := [key for key in content if not isinstance(key, str)]:
         raise ConfigError(f"{path}: keys must be names, got {odd[0]!r} (unquoted, YAML reads on, yes, no as truths)")
     return content
-
-
-def refusal(error: ValidationError) -> str:
-    """The first thing that pydantic has found wrong, in the words of who writes YAML."""
-    problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
-    if not where:  # keys that do not fit together
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {where!r}"
-    said = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
-    return f"{where}={problem['input']!r:.200} is not allowed: {said}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo_theory.errors import ConfigError, ResultsError
-from diablo_theory.files import read_json
+from diablo_theory.files import AGAIN, read_json
 from diablo_theory.finetune.config import RunConfig, validated
 
 #: For a file that says what a run is: without it nobody knows.
@@ -44,7 +44,5 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
     attempts: list[dict[str, Any]] = read_json(path).get("attempts", [])
     whole = isinstance(attempts, list) and all(isinstance(each, dict) for each in attempts)
     if not whole or any(name not in each for each in attempts for name in ("commit", "dirty")):
-        raise ResultsError(
-            f"{path}: attempts must each have commit and dirty. Delete it and run the same command again."
-        )
+        raise ResultsError(f"{path}: attempts must each have commit and dirty. {AGAIN}")
     return attempts

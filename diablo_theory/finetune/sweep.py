@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError
+from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError, refusal
 from diablo_theory.files import locked, write_text
 from diablo_theory.finetune.config import (
     RunConfig,
@@ -24,7 +24,7 @@ from diablo_theory.finetune.config import (
     small_scale,
 )
 from diablo_theory.finetune.folder import check_owner, finished
-from diablo_theory.finetune.reading import read_yaml, refusal
+from diablo_theory.finetune.reading import read_yaml
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
 from diablo_theory.records import ERROR

@@ -16,6 +16,7 @@ from diablo_theory.records import (
     ERROR,
     FAILED,
     LOG,
+    LOGGED,
     METRICS,
     TEXT,
     Count,
@@ -153,7 +154,7 @@ def read_outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
 
 
 def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
-    """The course of a run's training without its times; empty of a run that trained nothing.
+    """The course of a run's training without its times and memory; empty of a run that trained nothing.
 
     Args:
         folder: The run.
@@ -164,7 +165,8 @@ def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
     """
     if not (folder / LOG).is_file() and not steps:
         return pd.DataFrame(columns=["step"])
-    return read_log(folder / LOG, steps, _ADVICE).drop(columns="seconds")
+    log = read_log(folder / LOG, steps, _ADVICE)
+    return log[[name for name in map(str, log) if name in LOGGED[:-1] or name.startswith("grad_norm/")]]
 
 
 def _require_scores(file: Path, items: pd.DataFrame, scores: dict[str, Any], metrics: list[str]) -> None:

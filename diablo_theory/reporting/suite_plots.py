@@ -41,7 +41,10 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         same = table[table["task"] == task].reset_index(drop=True)
         seeds, problems = same["seeds"].max(), same["n"].iloc[0]
         dots(left, same, "exact_match", look, "{:.1f}")
-        left.set(title=f"{task_name(task)}, {problems} problems, {seeds} seeds", xlim=(-3, 118))
+        left.set(
+            title=f"{task_name(task)}, {problems} problems, {seeds} {'seed' if seeds == 1 else 'seeds'}",
+            xlim=(-3, 118),
+        )
         left.set_xticks(range(0, 101, 25))
         _losses(right, same, look)
         right.set_yticklabels([])

@@ -88,18 +88,8 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
     names += ["peak_memory_mib", "conditions"]
     data = metrics.get("data", {})
     inputs = {"train_data": data.get("train"), "data": data, "steps_done": metrics.get("steps")}
-    where = (
-        "date",
-        "package_version",
-        "commit",
-        "dirty",
-        "processes",
-        "cpu",
-        "device",
-        "torch",
-        "peft",
-        "transformers",
-    )
+    where = ["date", "package_version", "commit", "dirty", "processes", "cpu", "device"]
+    where += ["torch", "peft", "transformers"]
     made = metrics.get("provenance", {})
     return {name: metrics.get(name) for name in names} | inputs | {name: made.get(name) for name in where}
 
