@@ -12,6 +12,7 @@ from rich.console import Console
 from diablo_theory.cli.common import Overrides, app, console, require_folder, say
 
 if TYPE_CHECKING:
+    from diablo_theory.finetune.sweep import Planned
     from diablo_theory.progress import Board
 
 Small = Annotated[
@@ -134,12 +135,17 @@ def sweep(
             help="timeout_min=600 (needed: minutes a job may take), slurm_partition=gpu, ...",
         ),
     ] = None,
+    collection: Annotated[
+        Path | None,
+        typer.Option("--collected", help="Skip what this collection (see collect) holds of the same configuration."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and list the runs.")] = False,
 ) -> None:
     """Do many runs in order; finished ones are skipped, and a failing one does not stop the others.
 
     Files, keys and values are checked before the first run starts, data and models when theirs does. Exits with 1 when
-    a run has failed.
+    a run has failed. A sweep may be divided among machines and days: collect what is finished on one, and go on with
+    --collected on the next.
 
     Example: `diablo-theory sweep experiments/word_problems --vary seed=0,1,2 --out results/words`
     """
@@ -151,10 +157,12 @@ def sweep(
         raise typer.BadParameter("--cluster-option needs --cluster")
     chosen, overrides = _sweep(files, vary or [], small), parse_overrides(settings or [])
     runs = sweeps.planned(chosen, overrides)
+    known = _collected(collection, runs) if collection else set()
+    runs = [run for run in runs if run.name not in known]
     if dry_run:
         for run in runs:
             say(f"{run.name}  {run.config.method} on {run.config.train_on}")
-        say(f"{len(runs)} runs")
+        say(f"{len(runs)} runs" + (f", and {len(known)} in {collection}" if collection else ""))
         return
     if cluster is not None:
         from diablo_theory.finetune.cluster import submit
@@ -166,12 +174,20 @@ def sweep(
         state: sum(o.state == state for o in outcomes)
         for state in ("finished", "before", "submitted", "queued", "running", "failed")
     }
-    say(", ".join(f"{count} {state}" for state, count in counts.items() if count) + f"; in {out}")
+    told = [f"{count} {state}" for state, count in counts.items() if count]
+    told += [f"{len(known)} collected before"] if known else []
+    say(f"{', '.join(told)}; in {out}")
     for outcome in outcomes:
         if outcome.state == "failed":
             say(("failed:", "bold red"), f" {outcome.name}: {outcome.note}")
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+def _collected(collection: Path, runs: list[Planned]) -> set[str]:
+    from diablo_theory.reporting.joining import collected
+
+    return collected(collection, {run.name: run.config.model_dump(mode="json") for run in runs})
 
 
 def _sweep(files: list[Path], vary: list[str], small: bool) -> Any:
@@ -330,25 +346,34 @@ def _is_share(name: str) -> bool:
 
 @app.command()
 def collect(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="Run folders lie here, at any depth.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders with run folders at any depth, and collections."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Gets rows.csv, configs.csv, outcomes.csv.gz, training.csv.gz.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where two disagree on a run, take the first folder's.")
+    ] = False,
 ) -> None:
     """Keep of finished runs what is worth keeping: scores with intervals, configurations, outcomes, losses and norms.
 
     No texts and no weights: small, and free of the data sets' licences. Figures and tables are made from these files.
+    A collection may be one of the folders, also that of --out: what it holds is kept, and the other runs are added.
 
     Example: `diablo-theory collect results/small_scale --out paper_results/reproduced/suites`
     """
     from diablo_theory.cli.common import wrote
     from diablo_theory.reporting.ended_runs import not_ended
+    from diablo_theory.reporting.joining import gather
     from diablo_theory.reporting.suite_tables import readable_sections
-    from diablo_theory.reporting.suites import collect_suites, save_suites
+    from diablo_theory.reporting.suites import save_suites
     from diablo_theory.reporting.terminal import ascii_text
 
     require_folder(out)
-    suites = collect_suites(runs)
+    suites = gather(sources, replace=replace)
     # Not drawn as a table of the terminal's width: that cuts numbers off where it is narrow.
     say(ascii_text(readable_sections(suites)))
-    if left := [folder.relative_to(runs).as_posix() for folder in not_ended(runs)]:
-        say(f"left out, since they have not ended (see `diablo-theory status {runs}`): {', '.join(left)}")
+    for source in sources:
+        if left := [folder.relative_to(source).as_posix() for folder in not_ended(source)]:
+            say(f"left out, since they have not ended (see `diablo-theory status {source}`): {', '.join(left)}")
     wrote(save_suites(suites, out))

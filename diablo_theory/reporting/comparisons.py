@@ -10,7 +10,7 @@ import pandas as pd
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.intervals import paired_difference, score
-from diablo_theory.reporting.suites import Suites, metrics_of
+from diablo_theory.reporting.suites import Suites, config_keys, metrics_of
 
 #: Keys that do not make two runs different experiments.
 IRRELEVANT = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
@@ -30,7 +30,7 @@ def experiments(suites: Suites) -> pd.DataFrame:
     """
     configs = suites.configs
     # The weights themselves, since a name or a folder may stand for others on another day.
-    keys = [key for key in _config_keys(configs) if key not in ("run_id", *IRRELEVANT)] + ["model_sha256"]
+    keys = [key for key in config_keys(configs) if key not in IRRELEVANT] + ["model_sha256"]
     text = configs[keys].astype(str)
     shared = [key for key in keys if key not in METHOD]
     named = pd.DataFrame(
@@ -76,11 +76,6 @@ def _digests(runs: pd.DataFrame) -> pd.DataFrame:
         same = {key: run[key] for key in ("run_id", "experiment", "alike", "seed")}
         rows += [same | {"task": task, "digest": digest} for task, digest in scored.items() if task != "train"]
     return pd.DataFrame(rows, columns=["run_id", "experiment", "alike", "seed", "task", "digest"])
-
-
-def _config_keys(configs: pd.DataFrame) -> list[str]:
-    """Columns of the configuration, which come before what was measured."""
-    return list(configs.columns[: configs.columns.get_loc("label")])
 
 
 def scores(suites: Suites) -> pd.DataFrame:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +28,13 @@ from diablo_theory.reporting.results import COLUMNS, SCHEMA_VERSION, validate_ro
 
 #: Files of a collection.
 ROWS, CONFIGS, OUTCOMES, TRAINING = "rows.csv", "configs.csv", "outcomes.csv.gz", "training.csv.gz"
+#: Digests and names stay text where they look like numbers.
+_AS_TEXT = dict.fromkeys(("run_id", "task", "label", "cluster", "prompt", "answer"), str)
 
 
 @dataclass(frozen=True)
 class Suites:
-    """Runs that were collected.
+    """Runs that were collected: the same values and types whether just collected or read back.
 
     Attributes:
         rows: In the tidy schema: a row a run, task and metric, with its interval.
@@ -44,6 +48,10 @@ class Suites:
     configs: pd.DataFrame
     outcomes: pd.DataFrame
     training: pd.DataFrame
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """What each file of the collection holds."""
+        return {ROWS: self.rows, CONFIGS: self.configs, OUTCOMES: self.outcomes, TRAINING: self.training}
 
 
 def collect_suites(root: Path) -> Suites:
@@ -73,9 +81,42 @@ def collect_suites(root: Path) -> Suites:
             rows += list(_rows(run_id, task, config, metrics, outcomes[-1]))
     if not outcomes:
         raise ResultsError(f"all {len(folders)} runs below {root} diverged: there is no score to collect")
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    outcomes_of_all, steps = (pd.concat(frames, ignore_index=True) for frames in (outcomes, training))
-    return Suites(validate_rows(frame), pd.DataFrame(configs), outcomes_of_all, steps)
+    frames = {
+        ROWS: validate_rows(pd.DataFrame(rows, columns=list(COLUMNS))),
+        CONFIGS: pd.DataFrame(configs),
+        OUTCOMES: pd.concat(outcomes, ignore_index=True),
+        TRAINING: pd.concat(training, ignore_index=True),
+    }
+    return suites_of({name: as_text(name, frame) for name, frame in frames.items()})
+
+
+def as_text(name: str, frame: pd.DataFrame) -> str:
+    """What a file of a collection says.
+
+    Args:
+        name: The file, such as :data:`ROWS`.
+        frame: What it holds.
+    """
+    # Six digits of a loss or a norm are more than anybody reads off a curve.
+    return str(frame.to_csv(index=False, float_format="%.6g" if name == TRAINING else None))
+
+
+def suites_of(texts: dict[str, str]) -> Suites:
+    """A collection from what its four files say; see :func:`as_text`.
+
+    Raises:
+        ResultsError: If a row is not of this schema.
+    """
+    return _suites({name: _parsed(text) for name, text in texts.items()})
+
+
+def _parsed(text: str) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(text), dtype=_AS_TEXT)
+
+
+def _suites(frames: dict[str, pd.DataFrame]) -> Suites:
+    rows = frames[ROWS].assign(note=frames[ROWS]["note"].fillna(""))
+    return Suites(validate_rows(rows), frames[CONFIGS], frames[OUTCOMES], frames[TRAINING])
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +174,11 @@ def metrics_of(items: pd.DataFrame) -> list[str]:
     return [name for name, column in columns.items() if column in items and items[column].notna().all()]
 
 
+def config_keys(configs: pd.DataFrame) -> list[str]:
+    """Columns of the configuration, which stand between run_id and what was measured."""
+    return list(configs.columns[1 : configs.columns.get_loc("label")])
+
+
 def _setting(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """What a reader needs to tell this run from others of its table."""
     parts = [str(metrics["label"])]
@@ -147,14 +193,13 @@ def _setting(config: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 def save_suites(suites: Suites, out: Path) -> list[Path]:
     """Write a collection, each file whole or not at all."""
-    frames = {ROWS: suites.rows, CONFIGS: suites.configs, OUTCOMES: suites.outcomes, TRAINING: suites.training}
-    files = [out / name for name in frames]
-    for file, (name, frame) in zip(files, frames.items(), strict=True):
-        # Six digits of a loss or a norm are more than anybody reads off a curve.
-        text = frame.to_csv(index=False, float_format="%.6g" if name == TRAINING else None).encode()
+    files = []
+    for name, frame in suites.frames().items():
+        text = as_text(name, frame).encode()
         # Neither the time of day nor a name in the compressed file: the same runs give the same bytes.
-        content = gzip.compress(text, mtime=0) if file.suffix == ".gz" else text
-        write_with(file, partial(_write_bytes, content))
+        content = gzip.compress(text, mtime=0) if name.endswith(".gz") else text
+        write_with(out / name, partial(_write_bytes, content))
+        files.append(out / name)
     return files
 
 
@@ -168,25 +213,24 @@ def read_suites(folder: Path) -> Suites:
     Raises:
         ResultsError: If a file is missing or damaged, they are not of one collection, or a row is of another schema.
     """
-    frames = []
-    as_text = dict.fromkeys(("run_id", "task", "label", "cluster", "prompt", "answer"), str)  # a digest may be digits
+    frames = {}
     for name in (ROWS, CONFIGS, OUTCOMES, TRAINING):
         try:
-            frames.append(pd.read_csv(folder / name, dtype=as_text))
-        except (ValueError, OSError, EOFError) as error:
+            content = (folder / name).read_bytes()
+            frames[name] = _parsed((gzip.decompress(content) if name.endswith(".gz") else content).decode())
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ResultsError(
                 f"{folder / name} cannot be read ({error}); `diablo-theory collect` writes it"
             ) from error
-    rows, configs, outcomes, training = frames
     try:
-        rows["note"] = rows["note"].fillna("")
+        suites, configs = _suites(frames), frames[CONFIGS]
         finished = set(configs.loc[configs["state"] == "finished", "run_id"])
-        whole = finished == set(outcomes["run_id"]) == set(rows["run_id"])
-        whole = whole and set(training["run_id"]) <= set(configs["run_id"])
+        whole = finished == set(suites.outcomes["run_id"]) == set(suites.rows["run_id"])
+        whole = whole and set(suites.training["run_id"]) <= set(configs["run_id"])
     except KeyError as error:
         raise ResultsError(f"a file in {folder} lacks the column {error}; `diablo-theory collect` writes it") from None
     if not whole:
         raise ResultsError(
             f"{ROWS}, {CONFIGS}, {OUTCOMES} and {TRAINING} in {folder} are not of the same runs: collect again"
         )
-    return Suites(validate_rows(rows), configs, outcomes, training)
+    return suites
