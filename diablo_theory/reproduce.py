@@ -24,7 +24,7 @@ from diablo_theory.methods import Method
 from diablo_theory.progress import Board
 from diablo_theory.provenance import peak_rss_gib, provenance
 from diablo_theory.reporting.report import write_report
-from diablo_theory.reporting.results import SCHEMA_VERSION
+from diablo_theory.reporting.results import LAYOUT_VERSION
 from diablo_theory.sweeps import sweep
 from diablo_theory.theory.checks import CHECKS, run_checks
 from diablo_theory.theory.maps import Grid, map_cells
@@ -179,7 +179,7 @@ class Reproduction:
         config = next(iter(self.planned.values()))
         here = provenance(models.pick_device(config.device))
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": LAYOUT_VERSION,
             "profile": self.name,
             "scale": config.scale,
             "settings": self._settings(),
@@ -199,10 +199,10 @@ class Reproduction:
         advice = f"Choose another --out, or move {self.out} away; it was left as it is."
         manifest = read_json(path)
         found = manifest.get("schema_version"), manifest.get("package_version")
-        if found != (SCHEMA_VERSION, __version__):
+        if found != (LAYOUT_VERSION, __version__):
             raise ResultsError(
                 f"{self.out} was begun by version {found[1]} (results schema {found[0]}), this is version "
-                f"{__version__} (schema {SCHEMA_VERSION}). {advice}"
+                f"{__version__} (schema {LAYOUT_VERSION}). {advice}"
             )
         if manifest["settings"] != self._settings():
             raise ResultsError(f"{self.out} was begun with other settings ({manifest['profile']}). {advice}")

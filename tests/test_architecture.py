@@ -24,6 +24,7 @@ ALLOWED = {
     "finetune": GROUND | {"methods", "progress", "provenance", "quantise", "records", "__version__"},
     "bench": {"blocks", "ops", "methods", "finetune", "tuner"},
     "speed": {"blocks", "provenance", "theory"},
+    "counting": {"errors", "finetune", "methods", "reporting"},
     "diagnose": {"errors", "finetune", "theory"},
     "records": {"errors", "files"},
     "reporting": {"errors", "files", "records"},

@@ -13,15 +13,21 @@ from diablo_theory.files import read_json
 from diablo_theory.records import read_predictions
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, Estimate, score, time_ratio
 
-#: 2: a run may be scored on several tasks, each with predictions and metrics of its own.
-SCHEMA_VERSION = 2
+#: Of results folders. 2: a run may be scored on several tasks, each with predictions and metrics of its own.
+LAYOUT_VERSION = 2
+#: Of rows. 3: each says how sure its number is, and of a published one where it stands.
+SCHEMA_VERSION = 3
 SOURCES = ("published", "reproduced")
+#: How a number came here: from this project's own runs; read where it was printed; from somebody's note or quotation;
+#: off a drawing, where the interval is the error of reading.
+CERTAINTIES = ("computed", "printed", "quoted", "measured")
 SCALES = ("full", "small")
-PERCENT_METRICS = ("exact_match", "lenient_match", "accuracy", "passed", *METRICS_OF_SOME)
-KEY = ("source", "suite", "table", "model", "method", "setting", "metric", "seed", "run_id")
+PERCENT_METRICS = ("exact_match", "lenient_match", "passed", *METRICS_OF_SOME)
+KEY = ("source", "suite", "table", "model", "method", "setting", "metric", "seed", "run_id", "origin")
 COLUMNS = (
     *("source", "suite", "table", "model", "method", "setting", "trainable_params", "trainable_pct", "metric"),
-    *("value", "ci_low", "ci_high", "stderr", "n", "seed", "run_id", "scale", "note", "schema_version"),
+    *("value", "ci_low", "ci_high", "stderr", "n", "seed", "run_id", "scale", "note"),
+    *("certainty", "origin", "schema_version"),
 )
 
 _VERDICT_COLUMNS = ["check", "statement", "role", "premise_margin", "claim_margin", "tolerance", "passed"]
@@ -113,6 +119,8 @@ def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ResultsError: Naming the row, the column, the value and what is allowed.
     """
+    if "schema_version" in rows:  # first, since rows of another one may differ in anything
+        _refuse(rows, "schema_version", rows["schema_version"] != SCHEMA_VERSION, str(SCHEMA_VERSION))
     for column in rows.columns:
         if column not in COLUMNS:
             raise ResultsError(f"Unknown column {column!r} in the result rows.{nearest(str(column), COLUMNS)}")
@@ -121,7 +129,15 @@ def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
         raise ResultsError(f"The result rows lack the column(s) {', '.join(missing)}; needed: {', '.join(COLUMNS)}.")
     _refuse(rows, "source", ~rows["source"].isin(SOURCES), f"one of {', '.join(SOURCES)}")
     _refuse(rows, "scale", ~rows["scale"].isin(SCALES), f"one of {', '.join(SCALES)}")
-    _refuse(rows, "schema_version", rows["schema_version"] != SCHEMA_VERSION, str(SCHEMA_VERSION))
+    _refuse(rows, "certainty", ~rows["certainty"].isin(CERTAINTIES), f"one of {', '.join(CERTAINTIES)}")
+    computed = rows["certainty"] == "computed"
+    of_others = CERTAINTIES[1:]
+    _refuse(rows, "certainty", (rows["source"] == "reproduced") & ~computed, "computed, for a reproduced number")
+    _refuse(
+        rows, "certainty", (rows["source"] == "published") & computed, f"{', '.join(of_others)} for a published one"
+    )
+    nowhere = rows["origin"].isna() | (rows["origin"] == "")
+    _refuse(rows, "origin", (rows["source"] == "published") & nowhere, "where a published number stands")
     _refuse(rows, "metric", rows["metric"].isna() | (rows["metric"] == ""), "the name of what was measured")
     for column in ("value", "trainable_pct", "ci_low", "ci_high", "stderr", "n"):
         number = pd.to_numeric(rows[column], errors="coerce")
@@ -152,6 +168,7 @@ def tidy_rows(data: ResultsData) -> pd.DataFrame:
     """
     rows = [*_run_rows(data), *_theory_rows(data), *_cost_rows(data)]
     shared = {"source": "reproduced", "scale": data.manifest.get("scale", "small"), "note": "", "run_id": ""}
+    shared |= {"certainty": "computed", "origin": ""}
     frame = pd.DataFrame([shared | {"schema_version": SCHEMA_VERSION} | row for row in rows], columns=list(COLUMNS))
     return validate_rows(frame)
 
@@ -236,9 +253,9 @@ def _read_manifest(results: Path) -> dict[str, Any]:
         )
     manifest = read_json(path)
     found = manifest.get("schema_version")
-    if found != SCHEMA_VERSION:
+    if found != LAYOUT_VERSION:
         raise ResultsError(
-            f"{path} has schema version {found!r}; this version of diablo-theory reads {SCHEMA_VERSION}. Read it with "
+            f"{path} has schema version {found!r}; this version of diablo-theory reads {LAYOUT_VERSION}. Read it with "
             f"diablo-theory {manifest.get('package_version', '(unknown)')}, which wrote it, or run `diablo-theory "
             "reproduce` again into a new folder."
         )

@@ -158,6 +158,8 @@ def _rows(
         "run_id": run_id,
         "scale": config["scale"],
         "note": f"{config['protocol']} protocol",
+        "certainty": "computed",
+        "origin": "",
         "schema_version": SCHEMA_VERSION,
     }
     for metric in metrics_of(items):

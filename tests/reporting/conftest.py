@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diablo_theory.reporting.results import SCHEMA_VERSION
+from diablo_theory.reporting.results import LAYOUT_VERSION
 
 METHODS = {  # label: method, trainable parameters, share solved, loss per token
     "Untouched model": ("none", 0, 0.0, 1.3),
@@ -18,7 +18,7 @@ METHODS = {  # label: method, trainable parameters, share solved, loss per token
     "LoRA r=5": ("lora", 1_013_760, 0.60, 0.034),
 }
 MANIFEST = {
-    "schema_version": SCHEMA_VERSION,
+    "schema_version": LAYOUT_VERSION,
     "package_version": "0.1.0",
     "profile": "quick",
     "scale": "small",

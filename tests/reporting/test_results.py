@@ -132,7 +132,11 @@ def test_rows_fit_the_schema(rows):
         ({"value": "many"}, r"Row 0: value is 'many'; allowed: a number"),
         ({"value": float("nan")}, r"Row 0: value is .*nan.*; allowed: a number"),
         ({"metric": ""}, r"Row 0: metric is ''"),
-        ({"schema_version": 7}, r"Row 0: schema_version is .*7.*; allowed: 2"),
+        ({"schema_version": 7}, r"Row 0: schema_version is .*7.*; allowed: 3"),
+        ({"certainty": "sure"}, r"Row 0: certainty is 'sure'; allowed: one of computed, printed, quoted, measured"),
+        ({"certainty": "printed"}, r"Row 0: certainty is 'printed'; allowed: computed, for a reproduced number"),
+        ({"source": "published"}, r"Row 0: certainty is 'computed'; allowed: printed, quoted, measured for a pub"),
+        ({"source": "published", "certainty": "printed"}, r"Row 0: origin is ''; allowed: where a published number"),
         ({"methd": "x"}, r"Unknown column 'methd' .* Did you mean 'method'\?"),
     ],
 )

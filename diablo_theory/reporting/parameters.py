@@ -1,0 +1,83 @@
+"""Quoted numbers of trainable parameters beside true ones, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diablo_theory.errors import ResultsError
+
+#: Of a table of counts, with what each column holds.
+COUNTS = {
+    "suite": "the published row's",
+    "model": "",
+    "method": "",
+    "setting": "as printed",
+    "file": "of the published row",
+    "matrices": "what is adapted in every layer",
+    "quoted_pct": "per cent, as printed",
+    "quoted_params": "as printed",
+    "params": "trainable entries on the model's true shapes",
+    "pct": "of the base model's parameters",
+    "pct_wide_kv": "the same, were key and value matrices as wide as the query's",
+    "pct_of_all": "of the base model's parameters and the adapter's together",
+    "pct_bare": "of DoRA, without its magnitudes",
+    "pct_bare_wide_kv": "both",
+}
+#: Ways of counting a percentage, by column, the true one first.
+READINGS = {
+    "pct": "as counted",
+    "pct_wide_kv": "key and value matrices counted as wide as the query's",
+    "pct_of_all": "adapters counted with the model",
+    "pct_bare": "DoRA without its magnitudes",
+    "pct_bare_wide_kv": "DoRA without its magnitudes, key and value matrices as wide as the query's",
+}
+
+
+def read_counts(file: Path) -> pd.DataFrame:
+    """A table of counts that ``diablo-theory count`` wrote.
+
+    Raises:
+        ResultsError: If the file cannot be read or lacks a column.
+    """
+    try:
+        counts = pd.read_csv(file)
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"{file} cannot be read ({error}); `diablo-theory count` writes it") from error
+    if missing := [name for name in COUNTS if name not in counts]:
+        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}; `diablo-theory count` writes it")
+    return counts[list(COUNTS)]
+
+
+def reading(row: Mapping[Any, Any]) -> str:
+    """Which way of counting gives a quoted percentage, to the digits that are quoted; empty if none does."""
+    if pd.isna(row["quoted_pct"]):
+        return READINGS["pct"] if abs(row["params"] / row["quoted_params"] - 1) < 0.005 else ""
+    digits = len(f"{row['quoted_pct']:g}".partition(".")[2]) or 2
+    return next(
+        (how for key, how in READINGS.items() if abs(row[key] - row["quoted_pct"]) <= 0.5001 * 10**-digits), ""
+    )
+
+
+def readable_counts(counts: pd.DataFrame) -> pd.DataFrame:
+    """Counts in words, a line each."""
+    lines = counts.to_dict("records")
+    quoted = [
+        f"{line['quoted_params'] / 1e6:g} M" if pd.isna(line["quoted_pct"]) else f"{line['quoted_pct']:g}%"
+        for line in lines
+    ]
+    return pd.DataFrame(
+        {
+            "Model": counts["model"],
+            "Setting": counts["setting"],
+            "Suite": counts["suite"],
+            "Matrices": counts["matrices"],
+            "Quoted": quoted,
+            "True count": counts["params"].map("{:,.0f}".format),
+            "True share": counts["pct"].map("{:.3f}%".format),
+            "The quote is": [reading(line) or "none of the ways tried" for line in lines],
+        }
+    )

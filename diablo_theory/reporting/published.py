@@ -1,0 +1,155 @@
+"""Published numbers: read and checked, held against themselves, and against each other."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from diablo_theory.errors import ResultsError, nearest
+from diablo_theory.reporting.results import COLUMNS, PERCENT_METRICS, validate_rows
+
+#: Metrics that only published rows have, with their units.
+OTHER_METRICS = {
+    "perplexity": "",
+    "trainable_pct": "%",
+    "minutes": "minutes",
+    "minutes_per_epoch": "minutes",
+    "hours": "hours",
+    "time_ratio_to_lora": "times LoRA's",
+    "memory_saved_pct": "%",
+}
+#: Name of a mean over the other tasks of the same row of a table.
+AVERAGE = "average"
+#: Half of the last digit of tables that print one decimal.
+ROUNDING = 0.05
+
+_TEXT = (
+    *("source", "suite", "table", "model", "method", "setting", "metric", "run_id", "scale", "note"),
+    *("certainty", "origin"),
+)
+#: What of a setting makes two of them different, by the words that it is printed with.
+_KNOBS = (r"\br=(\d+)", r"\bN=(\d+)", r"([\d.]+)[- ]bits?\b", r"\bW(\d)A16", r"\blr=([\de.-]+)", r"\bg(\d+)")
+
+
+def read_published(folder: Path) -> pd.DataFrame:
+    """All published numbers, in the tidy schema.
+
+    Args:
+        folder: Holds one CSV file a table, with every column of the schema.
+
+    Returns:
+        Their rows, file by file in the order of names, with the name of the file's stem as a further column, ``file``.
+
+    Raises:
+        ResultsError: If there is no file, one cannot be read, or a row does not fit; it names the file and the row.
+    """
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise ResultsError(f"{folder} holds no published numbers: no CSV file")
+    rows = pd.concat([_read(file).assign(file=file.stem) for file in files], ignore_index=True)
+    validate_rows(rows.drop(columns="file"))  # no number twice, whichever files they are in
+    return rows
+
+
+def _read(file: Path) -> pd.DataFrame:
+    try:
+        rows = pd.read_csv(file, dtype=dict.fromkeys(_TEXT, str))
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"{file} cannot be read ({error})") from error
+    for name in set(_TEXT) & set(rows):
+        rows[name] = rows[name].fillna("")
+    try:
+        validate_rows(rows)
+        _require_published(rows)
+    except ResultsError as error:
+        raise ResultsError(f"{file}: {error}") from None
+    return rows[list(COLUMNS)]
+
+
+def _require_published(rows: pd.DataFrame) -> None:
+    if not (rows["source"] == "published").all():
+        raise ResultsError("a row's source is not 'published'")
+    known = (*PERCENT_METRICS, *OTHER_METRICS)
+    for metric in set(rows["metric"]) - set(known):
+        raise ResultsError(f"unknown metric {metric!r}.{nearest(metric, known)}")
+
+
+def odd_averages(rows: pd.DataFrame) -> pd.DataFrame:
+    """Printed means that are not those of the printed numbers beside them.
+
+    Each of those is rounded by at most :data:`ROUNDING`, and so is the mean: what is further off is no rounding.
+
+    Returns:
+        A row a mean: file, model, setting, printed, mean (of the parts), parts (how many).
+    """
+    same = ["file", "suite", "model", "method", "setting", "trainable_params", "trainable_pct", "metric"]
+    found = []
+    for _, group in rows.groupby(same, sort=False, dropna=False):
+        parts, averages = group[group["table"] != AVERAGE], group[group["table"] == AVERAGE]
+        for row in averages.to_dict("records"):
+            mean = parts["value"].mean()
+            if len(parts) > 1 and abs(row["value"] - mean) > 2 * ROUNDING + 1e-9:
+                named = {key: row[key] for key in ("file", "model", "setting")}
+                found.append(named | {"printed": row["value"], "mean": mean, "parts": len(parts)})
+    return pd.DataFrame(found, columns=["file", "model", "setting", "printed", "mean", "parts"])
+
+
+def conflicts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of tables that ought to be the same, of one method on one model, and are not.
+
+    Where a table does not say how it set a method, its row is held against the nearest one of the other table, if that
+    one's nearest is it: so a conflict is one whichever setting was meant.
+
+    Returns:
+        A row a pair: suite, model, method; file and setting of each (``file_1``, ...); average of each (its mean over
+        tasks as printed, or its only number); numbers (how many both have), differing (how many of them are apart by
+        more than the error of reading), largest (difference).
+    """
+    columns = ["suite", "model", "method", "file_1", "setting_1", "average_1", "file_2", "setting_2", "average_2"]
+    columns += ["numbers", "differing", "largest"]
+    found = []
+    for named, group in rows.groupby(["suite", "model", "method"], sort=False):
+        entries = [entry for _, entry in group.groupby(["file", "setting"], sort=False)]
+        for first, second in itertools.combinations(entries, 2):
+            if first["origin"].iloc[0] != second["origin"].iloc[0] and _are_nearest(first, second, entries):
+                apart = _apart(first, second)
+                if len(differing := apart[apart["apart"] > apart["error"] + 1e-9]):
+                    pair = [*named, *_shown(first), *_shown(second)]
+                    found.append([*pair, len(apart), len(differing), differing["apart"].max()])
+    return pd.DataFrame(found, columns=columns)
+
+
+def _shown(entry: pd.DataFrame) -> tuple[str, str, float]:
+    average = entry[entry["table"] == AVERAGE] if len(entry) > 1 else entry
+    value = float(average["value"].iloc[0]) if len(average) else float("nan")
+    return str(entry["file"].iloc[0]), str(entry["setting"].iloc[0]), value
+
+
+def _apart(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """For every number that both have: how far apart, and how far the error of reading it off a drawing explains."""
+    pairs = first.merge(second, on=["table", "metric"], suffixes=("_1", "_2"))
+    errors = [(pairs[f"ci_high_{n}"] - pairs[f"value_{n}"]).fillna(0.0) for n in (1, 2)]
+    return pd.DataFrame({"apart": (pairs["value_1"] - pairs["value_2"]).abs(), "error": errors[0] + errors[1]})
+
+
+def _are_nearest(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.DataFrame]) -> bool:
+    def distance(one: pd.DataFrame, two: pd.DataFrame) -> float:
+        apart = _apart(one, two)["apart"].mean()
+        return float(apart) if _may_be_same(one["setting"].iloc[0], two["setting"].iloc[0]) else float("nan")
+
+    def is_nearest(one: pd.DataFrame, two: pd.DataFrame) -> bool:
+        others = [entry for entry in entries if entry["file"].iloc[0] == two["file"].iloc[0]]
+        return bool(distance(one, two) <= pd.Series([distance(one, other) for other in others]).min())
+
+    return is_nearest(first, second) and is_nearest(second, first)
+
+
+def _may_be_same(first: str, second: str) -> bool:
+    for knob in _KNOBS:
+        one, two = re.search(knob, first), re.search(knob, second)
+        if one and two and one[1] != two[1]:
+            return False
+    return True
