@@ -19,10 +19,10 @@ from diablo_theory.files import locked, read_json, remove_partial, write_json, w
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_run_file, resolve
 from diablo_theory.finetune.folder import check_owner, finished
-from diablo_theory.finetune.reading import read_yaml
 from diablo_theory.methods import Method
 from diablo_theory.progress import Board
 from diablo_theory.provenance import peak_rss_gib, provenance
+from diablo_theory.reading import read_yaml
 from diablo_theory.reporting.report import write_report
 from diablo_theory.reporting.results import LAYOUT_VERSION
 from diablo_theory.sweeps import sweep

@@ -274,7 +274,7 @@ def show(
     from diablo_theory.files import read_json
     from diablo_theory.finetune.config import experiments_folder
     from diablo_theory.finetune.folder import state
-    from diablo_theory.finetune.reading import read_yaml
+    from diablo_theory.reading import read_yaml
     from diablo_theory.records import CONFIG, ERROR, PREDICTIONS, read_predictions
 
     if not (run / CONFIG).is_file() and not (run / ERROR).is_file():

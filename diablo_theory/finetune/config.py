@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from diablo_theory.errors import ConfigError, nearest, refusal
-from diablo_theory.finetune.reading import parsed, read_yaml
 from diablo_theory.finetune.tasks import TASKS, Protocol
 from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig
+from diablo_theory.reading import parsed, read_yaml
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 DType = Literal["float32", "bfloat16", "float16"]

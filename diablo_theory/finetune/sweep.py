@@ -24,9 +24,9 @@ from diablo_theory.finetune.config import (
     small_scale,
 )
 from diablo_theory.finetune.folder import check_owner, finished
-from diablo_theory.finetune.reading import read_yaml
 from diablo_theory.finetune.runs import execute
 from diablo_theory.finetune.setup import Board
+from diablo_theory.reading import read_yaml
 from diablo_theory.records import ERROR
 
 #: Bytes of a name in usual file systems.

@@ -21,6 +21,40 @@ OTHER_METRICS = {
     "time_ratio_to_lora": "times LoRA's",
     "memory_saved_pct": "%",
 }
+#: Methods as tables print them, by their names in the rows.
+METHOD_NAMES = {
+    "none": "the untouched model",
+    "full": "full fine-tuning",
+    "diablo": "DiaBlo",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "milora": "MiLoRA",
+    "smt": "SMT",
+    "s2ft": "S2FT",
+    "lori": "LoRI",
+    "miss": "MiSS",
+    "c3a": "C3A",
+    "qlora": "QLoRA",
+    "gptq-lora": "GPTQ-LoRA",
+    "loftq": "LoftQ",
+    "apiq": "ApiQ",
+    "lora-fa": "LoRA-FA",
+    "random-blocks": "random blocks",
+    "random-entries": "random entries",
+    "random-rows": "random rows",
+    "random-columns": "random columns",
+    "floor": "the frozen floor",
+    "einsum": "the authors' einsum layer",
+    "sketchtune": "SketchTune",
+    "prefix": "prefix tuning",
+    "series-adapter": "series adapters",
+    "parallel-adapter": "parallel adapters",
+    "lora-plus": "LoRA+",
+    "rslora": "rsLoRA",
+    "lora-ga": "LoRA-GA",
+    "adalora": "AdaLoRA",
+}
 #: Name of a mean over the other tasks of the same row of a table.
 AVERAGE = "average"
 #: Half of the last digit of tables that print one decimal.

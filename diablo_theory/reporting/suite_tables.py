@@ -60,7 +60,7 @@ def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
         experiment; value, low, high of each metric as ``exact_match``, ``exact_match_low``, ...; and of the difference
         to DiaBlo as ``exact_match_less``, ``exact_match_less_low``, ...
     """
-    suites = _of_tests(suites)
+    suites = of_tests(suites)
     if suites.configs.empty:
         return {}
     less = differences(suites).drop(columns=["reference", "n", "seeds"])
@@ -85,7 +85,7 @@ def title(name: str) -> str:
     return SECTIONS[name].title if name in SECTIONS else task_name(name)
 
 
-def _of_tests(suites: Suites) -> Suites:
+def of_tests(suites: Suites) -> Suites:
     """Without runs that were scored on validation problems, which chose something and measure nothing."""
     configs = suites.configs[suites.configs["eval_split"] == "test"]
     rows, outcomes = (frame[frame["run_id"].isin(configs["run_id"])] for frame in (suites.rows, suites.outcomes))

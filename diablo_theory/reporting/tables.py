@@ -15,7 +15,25 @@ from diablo_theory.reporting.intervals import Estimate, paired_difference, score
 from diablo_theory.reporting.results import ResultsData, by_method, full_label
 
 COMPARED = ("diablo", "lora", "full")  # differences are written earlier - later
-TASK_NAMES = {"boolq": "BoolQ", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K"}
+TASK_NAMES = {
+    "boolq": "BoolQ",
+    "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge",
+    "gsm8k": "GSM8K",
+    "math": "MATH",
+    "piqa": "PIQA",
+    "social_i_qa": "SIQA",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "openbookqa": "OBQA",
+    "svamp": "SVAMP",
+    "mawps": "MAWPS",
+    "aqua": "AQuA",
+    "humaneval": "HumanEval",
+    "hex_phi": "HEx-PHI",
+    "wikitext2": "WikiText2",
+    "c4": "C4",
+}
 
 
 @dataclass(frozen=True)

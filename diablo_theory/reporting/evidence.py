@@ -1,0 +1,130 @@
+"""Everything that has been saved, as what claims are decided by."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.comparisons import differences, experiments, scores
+from diablo_theory.reporting.parameters import read_counts
+from diablo_theory.reporting.published import read_published
+from diablo_theory.reporting.steps import read_steps
+from diablo_theory.reporting.suite_tables import of_tests
+from diablo_theory.reporting.suites import Suites, read_suites
+
+#: What a real model's layers say: columns of layers.csv that claims ask for.
+_LAYERS = ("layer", "premise_holds", "block_rows", "energy_rank", "num_blocks", "tokens", "tightness", "leak_share")
+
+
+class NotMadeError(ResultsError):
+    """Nothing saved to decide a question by; the message names the command that would make it."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Saved results, each read when it is first asked for.
+
+    Where something was never made, asking for it raises :class:`NotMadeError`; where it is damaged, ResultsError.
+
+    Attributes:
+        results: A results folder of ``diablo-theory reproduce``.
+        papers: The folder with published numbers, collections and benchmarks, such as ``paper_results``.
+    """
+
+    results: Path
+    papers: Path
+
+    @cached_property
+    def verdicts(self) -> pd.DataFrame:
+        """Trials of the theory checks: check, role, passed, ..."""
+        file = self.results / "theory" / "verdicts.csv"
+        _require(file, "diablo-theory reproduce")
+        try:
+            return pd.read_csv(file)
+        except (ValueError, OSError) as error:
+            raise ResultsError(f"{file} cannot be read ({error})") from error
+
+    @cached_property
+    def published(self) -> pd.DataFrame:
+        """Published rows, with their files."""
+        _require(self.papers / "published", "git checkout, since published numbers are a part of the repository")
+        return read_published(self.papers / "published")
+
+    @cached_property
+    def counts(self) -> pd.DataFrame:
+        """Quoted numbers of parameters beside true ones."""
+        _require(self.papers / "counts.csv", f"diablo-theory count --out {self.papers}")
+        return read_counts(self.papers / "counts.csv")
+
+    @cached_property
+    def suites(self) -> Suites:
+        """Collected runs that were scored on test problems."""
+        folder = self.papers / "reproduced" / "suites"
+        _require(folder, f"diablo-theory collect RUNS --out {folder}")
+        return of_tests(read_suites(folder))
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Every experiment's scores over its seeds, see :func:`~.comparisons.scores`."""
+        return scores(self.suites)
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """Every experiment's score minus DiaBlo's, with what the experiment is."""
+        about = ["experiment", "suite", "method", "label", "base", "scale", "num_blocks", "learning_rate"]
+        return differences(self.suites).merge(self.scores[about].drop_duplicates("experiment"), on="experiment")
+
+    @cached_property
+    def training(self) -> pd.DataFrame:
+        """Every step of every collected run, with the run's method, task, seed and experiment."""
+        named = experiments(self.suites).merge(
+            self.suites.configs[["run_id", "suite", "method", "train_on", "seed", "scale"]], on="run_id"
+        )
+        return self.suites.training.merge(named, on="run_id")
+
+    @cached_property
+    def steps(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Times and contenders of the step benchmark."""
+        _require(self.papers / "steps", f"diablo-theory bench --out {self.papers / 'steps'}")
+        return read_steps(self.papers / "steps")
+
+    def needs(self, run: str) -> str:
+        """Hardware and time of a run, as the head of its file says; `diablo-theory plan` has computed both.
+
+        Args:
+            run: The file, below the repository's ``experiments``.
+
+        Raises:
+            ResultsError: If there is no such file, or its head does not say.
+        """
+        file = self.papers.parent / "experiments" / run
+        if not file.is_file():
+            raise ResultsError(f"there is no run file {file}")
+        head = file.read_text(encoding="utf-8")
+        hardware, time = (re.search(rf"^# {name}: ([^;\n]*)", head, re.MULTILINE) for name in ("Hardware", "Time"))
+        if hardware is None or time is None:
+            raise ResultsError(f"{file} does not say in its head what hardware and time it needs")
+        return f"{hardware[1]}, {time[1]}"
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """A real model's layers: premises, certificates, captures."""
+        file = self.papers / "diagnosis" / "layers.csv"
+        _require(file, f"diablo-theory diagnose --out {file.parent}")
+        try:
+            layers = pd.read_csv(file)
+        except (ValueError, OSError) as error:
+            raise ResultsError(f"{file} cannot be read ({error})") from error
+        if missing := [name for name in _LAYERS if name not in layers]:
+            raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}; `diablo-theory diagnose` writes it")
+        return layers
+
+
+def _require(path: Path, command: str) -> None:
+    if not path.exists():
+        raise NotMadeError(f"nothing is saved in {path.parent.name}/{path.name}; `{command}` makes it")

@@ -1,0 +1,284 @@
+"""Claims are decided by what is saved: every kind of question has a case that flips its answer."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import TypeAdapter
+
+from diablo_theory.errors import ConfigError, ResultsError
+from diablo_theory.reporting.claims import Claim, decide, read_claims, readable_claims
+from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.questions import AnyQuestion, Outcome
+
+ROOT = Path(__file__).parents[2]
+PAPERS = ROOT / "paper_results"
+
+
+def question(**keys):
+    return TypeAdapter(AnyQuestion).validate_python(keys)
+
+
+def evidence(**frames):
+    """Evidence with some parts made up; all others as in a folder where nothing was ever made."""
+    found = Evidence(PAPERS / "nowhere", PAPERS / "nowhere")
+    found.__dict__.update(frames)
+    return found
+
+
+def ask(keys, **frames):
+    return question(**keys).ask(evidence(**frames))
+
+
+@pytest.fixture(scope="module")
+def saved():
+    return Evidence(PAPERS / "reproduced", PAPERS)
+
+
+@pytest.fixture(scope="module")
+def claims():
+    return read_claims(PAPERS / "claims.yaml")
+
+
+def test_every_claim_of_the_paper_is_decided_by_what_is_saved(claims, saved):
+    decided = {found.claim.id: found for found in (decide(claim, saved) for claim in claims)}
+    assert len(decided) == len(claims) >= 30
+    assert decided["gradients"].outcome == Outcome.HOLDS
+    assert decided["stationary-points"].outcome == Outcome.CONDITIONAL
+    assert decided["faster-than-dora"].outcome == Outcome.FAILS
+    assert decided["commonsense-llama2-7b"].outcome == Outcome.OPEN
+    assert "A100-80GB, training" in decided["commonsense-llama2-7b"].answers[0].decides
+    assert {found.claim.by for found in decided.values()} == {"paper", "ours"}
+    words = readable_claims(list(decided.values()))
+    assert words["Evidence"].str.len().gt(20).all()
+    assert set(words["Outcome"]) <= {outcome.words for outcome in Outcome}
+
+
+def test_no_outcome_is_written_in_the_file():
+    text = (PAPERS / "claims.yaml").read_text()
+    assert not any(outcome.words in line for outcome in Outcome for line in text.splitlines() if ":" in line)
+
+
+VERDICTS = pd.DataFrame({"check": ["L2", "L2", "L4"], "role": ["claim", "control", "claim"], "passed": True})
+
+
+def test_one_failed_trial_or_one_control_that_holds_is_enough():
+    keys = {"kind": "verdicts", "checks": ["L2"]}
+    assert ask(keys, verdicts=VERDICTS).outcome == Outcome.HOLDS
+    for place in (0, 1):
+        broken = VERDICTS.copy()
+        broken.loc[place, "passed"] = False
+        assert ask(keys, verdicts=broken).outcome == Outcome.FAILS
+    with pytest.raises(ResultsError, match=r"no verdict of the check\(s\) S9 is saved"):
+        ask({"kind": "verdicts", "checks": ["S9"]}, verdicts=VERDICTS)
+
+
+def differences(*rows):
+    """Rows of others minus DiaBlo: (method, task, metric, low, high)."""
+    frame = pd.DataFrame(rows, columns=["method", "task", "metric", "low", "high"])
+    return frame.assign(
+        value=(frame["low"] + frame["high"]) / 2,
+        suite=frame["task"],
+        label=frame["method"].str.upper(),
+        scale="small",
+        experiment=range(len(frame)),
+        reference=99,
+    )
+
+
+LOSS = "loss_per_token"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome", "words"),
+    [
+        (0.1, 0.3, Outcome.HOLDS, "ahead of LORA on BoolQ by 0.200 (0.100 to 0.300) nats/token"),
+        (-0.01, 0.015, Outcome.HOLDS, "within 0.02 of LORA on BoolQ"),
+        (-0.3, 0.1, Outcome.OPEN, "no difference seen to LORA on BoolQ, within 0.3 nats/token"),
+        (-0.3, -0.1, Outcome.FAILS, "behind LORA on BoolQ by 0.200 (0.100 to 0.300) nats/token"),
+    ],
+)
+def test_differences_decide_by_their_intervals(low, high, outcome, words):
+    keys = {"kind": "compared", "methods": ["lora"], "margin": 0.02}
+    answer = ask(keys, differences=differences(("lora", "boolq", LOSS, low, high)))
+    assert answer.outcome == outcome
+    assert words in answer.evidence
+
+
+def test_of_shares_more_is_better():
+    keys = {"kind": "compared", "methods": ["lora"], "margin": 1, "metric": "exact_match"}
+    answer = ask(keys, differences=differences(("lora", "boolq", "exact_match", -5.0, -3.0)))
+    assert answer.outcome == Outcome.HOLDS
+    assert "ahead of LORA on BoolQ by 4.000 (3.000 to 5.000) points" in answer.evidence
+
+
+def test_one_task_behind_decides_and_a_method_that_was_not_run_leaves_it_open():
+    rows = differences(("lora", "boolq", LOSS, 0.1, 0.2), ("lora", "arc_easy", LOSS, -0.2, -0.1))
+    assert ask({"kind": "compared", "methods": ["lora"], "margin": 0.02}, differences=rows).outcome == Outcome.FAILS
+    missing = ask({"kind": "compared", "methods": ["lora", "dora"], "margin": 0.02}, differences=rows)
+    assert missing.outcome == Outcome.OPEN
+    assert "dora" in missing.evidence
+
+
+def steps(ratio, memory=1.0):
+    rounds = range(20)
+    seconds = {"DiaBlo": 1.0, "DoRA": ratio}
+    times = pd.DataFrame(
+        [
+            {
+                "workload": "w",
+                "num_blocks": 64,
+                "round": n,
+                "method": name,
+                "phase": "step",
+                "seconds": s * (1 + n / 1e3),
+            }
+            for n in rounds
+            for name, s in seconds.items()
+        ]
+    )
+    contenders = pd.DataFrame(
+        {
+            "workload": "w",
+            "num_blocks": 64,
+            "name": ["diablo", "dora"],
+            "method": ["DiaBlo", "DoRA"],
+            "static_mib": [100.0, 100.0 * memory],
+            "step_peak_mib": 0.0,
+            "cpu": "c",
+            "threads": 2,
+        }
+    )
+    return times, contenders
+
+
+def test_times_and_memory_are_held_against_their_limits():
+    slower = {"kind": "step_ratio", "of": "dora", "over": "diablo", "at_least": 2.8}
+    assert ask(slower, steps=steps(3.0)).outcome == Outcome.HOLDS
+    assert ask(slower, steps=steps(1.2)).outcome == Outcome.FAILS
+    below = {"kind": "step_ratio", "of": "dora", "over": "diablo", "at_most": 1.0}
+    assert ask(below, steps=steps(0.9)).outcome == Outcome.HOLDS
+    assert ask(below, steps=steps(1.1)).outcome == Outcome.FAILS
+    noisy = steps(1.0)
+    noisy[0].loc[noisy[0]["method"] == "DoRA", "seconds"] *= np.tile([0.8, 1.2], 10)
+    assert ask(below, steps=noisy).outcome == Outcome.OPEN
+    memory = {"kind": "memory", "of": "dora", "over": "diablo", "at_most": 1.005}
+    assert ask(memory, steps=steps(1.0)).outcome == Outcome.HOLDS
+    assert ask(memory, steps=steps(1.0, 1.7)).outcome == Outcome.FAILS
+    with pytest.raises(ResultsError, match="has not both bone and diablo"):
+        ask(memory | {"of": "bone"}, steps=steps(1.0))
+
+
+def layers(held, frozen=0.5):
+    return pd.DataFrame(
+        {
+            "layer": ["a", "b"],
+            "premise_holds": held,
+            "block_rows": 9,
+            "energy_rank": [9, 90],
+            "num_blocks": 64,
+            "tokens": 1000,
+            "capture_diablo": 0.4,
+            "capture_lora_frozen": frozen,
+        }
+    )
+
+
+def test_a_premise_holds_everywhere_somewhere_or_nowhere():
+    outcomes = [
+        ask({"kind": "premise"}, layers=layers(held)).outcome for held in ([True] * 2, [True, False], [False] * 2)
+    ]
+    assert outcomes == [Outcome.HOLDS, Outcome.CONDITIONAL, Outcome.FAILS]
+    assert "1 to 10 times" in ask({"kind": "premise"}, layers=layers([False] * 2)).evidence
+
+
+def test_captures_are_compared_layer_by_layer():
+    keys = {"kind": "captures", "of": "lora_frozen", "over": "diablo", "in_share": 0.9}
+    assert ask(keys, layers=layers([False] * 2)).outcome == Outcome.HOLDS
+    assert ask(keys, layers=layers([False] * 2, [0.5, 0.3])).outcome == Outcome.FAILS
+    with pytest.raises(ResultsError, match=r"lacks the column\(s\) capture_lora_set"):
+        ask(keys | {"of": "lora_set"}, layers=layers([False] * 2))
+
+
+def training(spread):
+    """Norms around one, DiaBlo's with a spread of 0.1, LoRA's with others, a seed each."""
+    steady = np.tile([0.9, 1.1], 10)
+    rows = []
+    for seed, width in enumerate(spread):
+        for method, norms in (("diablo", steady), ("lora", 1 + (steady - 1) * width)):
+            # The first steps, which do not count, would turn every answer round.
+            norms = np.concatenate([[100.0] if method == "diablo" else [1.0], norms])
+            rows.append(pd.DataFrame({"method": method, "seed": seed, "step": range(5, 26), "grad_norm": norms}))
+    return pd.concat(rows).assign(suite="boolq", train_on="boolq")
+
+
+def test_norms_are_compared_seed_by_seed_after_the_warm_up():
+    keys = {"kind": "gradient_norms", "over": "lora", "after": 5}
+    spreads = ((2, 3), (0.5, 0.3), (2, 0.5))
+    assert [ask(keys, training=training(s)).outcome for s in spreads] == [Outcome.HOLDS, Outcome.FAILS, Outcome.OPEN]
+    assert "BoolQ 0.10 against 0.26" in ask(keys, training=training((2, 3))).evidence
+
+
+def test_headlines_stay_open_and_name_other_sources(saved):
+    keys = {"kind": "headline", "suite": "commonsense", "model": "LLaMA-13B", "against": ["dora"]}
+    keys |= {"run": "commonsense/llama-13b_diablo.yaml", "also": "patience"}
+    answer = question(**keys).ask(saved)
+    assert answer.outcome == Outcome.OPEN
+    assert answer.evidence == "DiaBlo 84.9, DoRA 80.8 (elsewhere 81.5)"
+    assert answer.decides.endswith("; patience)")
+    with pytest.raises(ResultsError, match="no published number of bone for commonsense, LLaMA-13B"):
+        question(**keys | {"against": ["bone"]}).ask(saved)
+    with pytest.raises(ResultsError, match="there is no run file"):
+        question(**keys | {"run": "nowhere.yaml"}).ask(saved)
+
+
+def test_quotes_are_right_or_not(saved):
+    keys = {"kind": "quotes", "methods": ["diablo"]}
+    right = saved.counts.assign(quoted_pct=saved.counts["pct"].round(2))
+    assert question(**keys).ask(saved).outcome == Outcome.FAILS
+    assert ask(keys, counts=right).outcome == Outcome.HOLDS
+
+
+def test_the_worst_answer_is_the_outcome_and_conditions_are_told():
+    claim = Claim(
+        id="a",
+        by="paper",
+        claim="It is so.",
+        where="there",
+        conditions="if",
+        asks=({"kind": "verdicts", "checks": ["L2"]},),
+    )
+    assert decide(claim, evidence(verdicts=VERDICTS)).outcome == Outcome.CONDITIONAL
+    both = Claim(**claim.model_dump() | {"asks": [*claim.model_dump()["asks"], {"kind": "premise"}]})
+    found = decide(both, evidence(verdicts=VERDICTS))
+    assert found.outcome == Outcome.OPEN
+    assert "`diablo-theory diagnose" in found.answers[1].evidence
+    assert decide(both, evidence(verdicts=VERDICTS, layers=layers([False] * 2))).outcome == Outcome.FAILS
+
+
+ONE = """claims:
+  - {id: a, by: paper, claim: c, where: w, asks: [{kind: premise}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ONE.replace("where: w", "wheer: w"), "claims.0.where is missing|unknown key 'claims.0.wheer'"),
+        (ONE.replace("by: paper", "by: me"), r"claims.0.by='me' is not allowed"),
+        (ONE.replace("kind: premise", "kind: guess"), "guess"),
+        (ONE.replace("kind: premise", "kind: premise, so: 1"), "unknown key 'claims.0.asks.0.premise.so'"),
+        (ONE + ONE.splitlines()[1], "the id 'a' occurs twice"),
+        ("claims: []", "claims"),
+    ],
+)
+def test_a_malformed_file_is_told(tmp_path, text, message):
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises((ResultsError, ConfigError), match=message):
+        read_claims(tmp_path / "claims.yaml")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_claims(tmp_path / "claims.yaml")
