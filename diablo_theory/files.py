@@ -34,6 +34,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "diablo_theory"
 
 
+def paper_results() -> Path | None:
+    """The repository's folder of published and saved results; None where the package is installed without it."""
+    folder = Path(__file__).resolve().parents[1] / "paper_results"
+    return folder if (folder / "claims.yaml").is_file() else None
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process while the block lasts; it is made if need be.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench, methods
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
-from diablo_theory.files import locked, read_json, remove_partial, write_json, write_with
+from diablo_theory.files import locked, paper_results, read_json, remove_partial, write_json, write_with
 from diablo_theory.finetune import models, runs
 from diablo_theory.finetune.config import RunConfig, experiments_folder, read_run_file, resolve
 from diablo_theory.finetune.folder import check_owner, finished
@@ -154,7 +154,7 @@ class Reproduction:
             self.manifest["finished"] = _now()
             self._save()
         with self._timed("report", board), board.piece("draw figures, write tables and the report", 1) as advance:
-            page = write_report(self.out)
+            page = write_report(self.out, paper_results())
             advance(1)
         return page
 

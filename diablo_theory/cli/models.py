@@ -208,15 +208,27 @@ def _require_blocks(layers: Mapping[str, Any], blocks: int) -> None:
 
 
 @app.command()
-def report(out: Out = Path("results/default")) -> None:
+def report(
+    out: Out = Path("results/default"),
+    papers: Annotated[
+        Path | None,
+        typer.Option(help="Published numbers, claims, collected runs and benchmarks (default: the repository's)."),
+    ] = None,
+) -> None:
     """Write figures, tables and the report again from saved results; nothing is trained.
+
+    The report has every claim of the paper with its outcome, published numbers beside reproduced ones, conflicts
+    between sources, deviations, and how old what it is made from is.
 
     Example: `diablo-theory report --out results/quick`
     """
+    from diablo_theory.files import paper_results
     from diablo_theory.reporting.report import write_report
 
+    if papers is not None and not papers.is_dir():
+        raise typer.BadParameter(f"--papers must be a folder, got {papers}")
     with working("drawing figures"):
-        page = write_report(out)
+        page = write_report(out, papers or paper_results())
     if not _show(out, page):
         raise typer.Exit(1)
 

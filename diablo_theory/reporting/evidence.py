@@ -39,6 +39,10 @@ class Evidence:
     results: Path
     papers: Path
 
+    def _named(self, path: Path) -> str:
+        """A path below the papers' folder as it is called in the repository, wherever that lies."""
+        return (Path(self.papers.name) / path.relative_to(self.papers)).as_posix()
+
     @cached_property
     def verdicts(self) -> pd.DataFrame:
         """Trials of the theory checks: check, role, passed, ..."""
@@ -58,14 +62,14 @@ class Evidence:
     @cached_property
     def counts(self) -> pd.DataFrame:
         """Quoted numbers of parameters beside true ones."""
-        _require(self.papers / "counts.csv", f"diablo-theory count --out {self.papers}")
+        _require(self.papers / "counts.csv", f"diablo-theory count --out {self.papers.name}")
         return read_counts(self.papers / "counts.csv")
 
     @cached_property
     def suites(self) -> Suites:
         """Collected runs that were scored on test problems."""
         folder = self.papers / "reproduced" / "suites"
-        _require(folder, f"diablo-theory collect RUNS --out {folder}")
+        _require(folder, f"diablo-theory collect RUNS --out {self._named(folder)}")
         return of_tests(read_suites(folder))
 
     @cached_property
@@ -90,7 +94,7 @@ class Evidence:
     @cached_property
     def steps(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Times and contenders of the step benchmark."""
-        _require(self.papers / "steps", f"diablo-theory bench --out {self.papers / 'steps'}")
+        _require(self.papers / "steps", f"diablo-theory bench --out {self.papers.name}/steps")
         return read_steps(self.papers / "steps")
 
     def needs(self, run: str) -> str:
@@ -115,7 +119,7 @@ class Evidence:
     def layers(self) -> pd.DataFrame:
         """A real model's layers: premises, certificates, captures."""
         file = self.papers / "diagnosis" / "layers.csv"
-        _require(file, f"diablo-theory diagnose --out {file.parent}")
+        _require(file, f"diablo-theory diagnose --out {self._named(file.parent)}")
         try:
             layers = pd.read_csv(file)
         except (ValueError, OSError) as error:

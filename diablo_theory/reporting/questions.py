@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.evidence import Evidence, NotMadeError
 from diablo_theory.reporting.intervals import Estimate, time_ratio
 from diablo_theory.reporting.parameters import READINGS, reading
 from diablo_theory.reporting.published import AVERAGE, METHOD_NAMES
@@ -82,7 +82,9 @@ class Verdicts(Question):
         """See :class:`Question`."""
         rows = evidence.verdicts[evidence.verdicts["check"].isin(self.checks)]
         if unknown := set(self.checks) - set(rows["check"]):
-            raise ResultsError(f"no verdict of the check(s) {', '.join(sorted(unknown))} is saved")
+            raise NotMadeError(
+                f"no verdict of the check(s) {', '.join(sorted(unknown))} is saved in {evidence.results}"
+            )
         passed = rows.groupby("role")["passed"].agg(["sum", "count"])
         counted = passed.to_dict("index")
         told = [f"{counted[role]['sum']} of {counted[role]['count']} {what}" for role, what in _ROLES.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import UTC, date, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from diablo_theory.files import write_text, write_with
+from diablo_theory.reporting.claims import readable_claims
+from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.findings import Finding, findings
+from diablo_theory.reporting.overview import CLAIMS_TEXT, Part, counted, decided_claims, grouped_claims, overview
 from diablo_theory.reporting.plots import save_figures, scale_note
 from diablo_theory.reporting.results import ResultsData, by_method, collect, tidy_rows
-from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_tables
+from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_tables, write_words
 from diablo_theory.reporting.terminal import ascii_text, terminal_table
 
 EXAMPLES = 3
@@ -36,6 +40,13 @@ CAPTIONS = {
     "Memory at rest is parameters and optimizer state; a step adds gradients and activations.",
     "learning_rates": "Learning-rate search, on validation problems that no score above uses.",
 }
+#: Where in the page what a claim's answer names as its source is shown.
+ANCHORS = {
+    "reproduced/theory/verdicts.csv": "theory",
+    "reproduced/suites": "suites",
+    "published": "suites",
+    "counts.csv": "parameters",
+}
 TABLE_NOTES = {
     "verdicts": "A claim must hold in every trial. A control breaks the premise on purpose, and its claim must fail: "
     "it passes when it does. Margins are positive where a statement holds; a claim's is in decades, log10 of the "
@@ -48,25 +59,35 @@ TABLE_NOTES = {
 }
 
 
-def write_report(results: Path) -> Path:
+def write_report(results: Path, papers: Path | None = None, today: date | None = None) -> Path:
     """Write rows, tables, figures and the report into a results folder.
 
     Args:
         results: The folder that ``diablo-theory reproduce`` wrote.
+        papers: The folder with published numbers, claims, collections and benchmarks, such as ``paper_results``;
+            without it the report is of the results folder alone.
+        today: The day from which ages are counted; left out, that of the clock.
 
     Returns:
         The HTML report, one file that needs nothing else.
 
     Raises:
-        ResultsError: If the folder cannot be read.
+        ResultsError: If a folder cannot be read, or rows are of different schema versions.
     """
     data = collect(results)
     tables = build(data)
+    evidence = None if papers is None else Evidence(data.path, papers)
+    decided = [] if evidence is None else decided_claims(evidence)
+    parts = [] if evidence is None else overview(evidence, today or datetime.now(UTC).date(), _own_input(data))
     rows = tidy_rows(data)
     write_with(data.path / "rows.csv", lambda path: rows.to_csv(path, index=False))
     write_tables(tables, data.path / "tables")
     written, skipped = save_figures(data, tables, data.path / "figures")
-    context = _context(data, tables, skipped)
+    claims = {"claims": grouped_claims(decided), "claims_text": CLAIMS_TEXT, "anchors": ANCHORS}
+    context = _context(data, tables, skipped) | {"parts": parts} | claims
+    if decided:
+        context["findings"] = [("Claims", [Finding("Claims", counted(decided))]), *context["findings"]]
+        write_words(readable_claims(decided), data.path / "tables", "claims")
     images = {path.stem: path for path in written if path.suffix == ".png"}
     environment = Environment(
         loader=PackageLoader("diablo_theory.reporting", "."),
@@ -181,6 +202,15 @@ def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict
     }
 
 
+def _own_input(data: ResultsData) -> pd.DataFrame:
+    """The folder itself, as a line beside :func:`~.overview.inputs`."""
+    manifest = data.manifest
+    keys = ("commit", "dirty", "cpu", "device", "torch", "peft", "transformers")
+    line = {key: manifest.get(key) for key in keys} | {"input": "this folder", "runs": len(data.runs)}
+    seeds = ", ".join(map(str, sorted(data.runs["seed"].unique())))
+    return pd.DataFrame([line | {"seeds": seeds, "date": str(manifest.get("finished") or "")[:10]}])
+
+
 def _rerun(manifest: dict[str, Any]) -> str:
     overrides = manifest.get("settings", {}).get("overrides", {})
     options = PROFILE_OPTIONS.get(manifest.get("profile", ""), [])
@@ -199,11 +229,16 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
     sections = {"Theory": ("verdicts", ["verdicts", "theory_map"]), "Results": ("results", ["results"])}
     sections |= {"Differences": ("differences", []), "Training": ("", ["training"]), "Cost": ("costs", ["cost"])}
     sections |= {"Learning rates": ("learning_rates", ["learning_rates"])}
+    parts += ["## Claims", CLAIMS_TEXT] if context["claims"] else []
+    for heading, group in context["claims"]:
+        parts += [f"**{heading}**", markdown(readable_claims(group))]
     for heading, (table, pictures) in sections.items():
         body = [TABLE_NOTES[table]] if table in TABLE_NOTES and table in context["tables"] else []
         body += [markdown(context["tables"][table])] if table in context["tables"] else []
         body += [f"![{CAPTIONS[p]}](figures/{p}.png)\n\n*{CAPTIONS[p]}*" for p in pictures if p in figures]
         parts += [f"## {heading}", *body] if body else []
+    for part in context["parts"]:
+        parts += _part_in_markdown(part)
     parts += [
         "## What was run where",
         markdown(pd.DataFrame(context["provenance"].items(), columns=["What", "Value"])),
@@ -211,6 +246,13 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
     parts += [f"- No figure “{stem}”: {why}." for stem, why in context["skipped"].items()]
     parts += ["## Rerun", f"```\n{context['rerun']}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _part_in_markdown(part: Part) -> list[str]:
+    lines = [f"## {part.heading}", part.text]
+    for title, frame in part.tables:
+        lines += [f"**{title}**" if title else "", "" if frame.empty else markdown(frame)]
+    return [line for line in lines if line]
 
 
 def verdict_table(verdicts: pd.DataFrame) -> Table:

@@ -87,7 +87,7 @@ def readable(tables: Tables) -> dict[str, pd.DataFrame]:
 
 
 def write_tables(tables: Tables, folder: Path) -> list[Path]:
-    """Write each table that has lines as ``<name>.csv`` (numbers) and ``<name>.md`` (words).
+    """Write each table that has lines as ``<name>.csv`` (numbers) and, in words, as :func:`write_words` does.
 
     Args:
         tables: What :func:`build` returned.
@@ -102,9 +102,51 @@ def write_tables(tables: Tables, folder: Path) -> list[Path]:
         if name in words:
             frame: pd.DataFrame = getattr(tables, name)
             write_with(folder / f"{name}.csv", partial(frame.to_csv, index=False))
-            write_text(folder / f"{name}.md", markdown(words[name]))
-            written += [folder / f"{name}.csv", folder / f"{name}.md"]
+            written += [folder / f"{name}.csv", *write_words(words[name], folder, name)]
     return written
+
+
+def write_words(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Write a table of words as Markdown, LaTeX (booktabs) and HTML.
+
+    Args:
+        frame: Words alone.
+        folder: Where the files go; it is made if need be.
+        name: Of the files, without suffix.
+
+    Returns:
+        The files written.
+    """
+    contents = {".md": markdown(frame), ".tex": latex(frame), ".html": html(frame)}
+    for suffix, content in contents.items():
+        write_text(folder / f"{name}{suffix}", content)
+    return [folder / f"{name}{suffix}" for suffix in contents]
+
+
+def latex(frame: pd.DataFrame) -> str:
+    """A frame of words as a LaTeX table with booktabs' rules; signs that text fonts lack are written out."""
+    words = frame.map(_in_latex)
+    words.columns = pd.Index([_in_latex(str(column)) for column in frame.columns])
+    # Wide columns break their lines: p{...} in shares of the text's width.
+    longest = [max([len(str(name)), *words[name].str.len()]) for name in words.columns]
+    columns = "".join(f"p{{{min(0.4, length / 200):.2f}\\linewidth}}" if length > 40 else "l" for length in longest)
+    return str(words.style.hide(axis="index").to_latex(hrules=True, column_format=columns))
+
+
+def _in_latex(cell: Any) -> str:
+    text = str(cell).replace("\\", "\\textbackslash ")
+    for sign in "&%$#_{}":
+        text = text.replace(sign, f"\\{sign}")
+    signs = {"~": "\\textasciitilde ", "^": "\\textasciicircum ", "<": "$<$", ">": "$>$", "−": "$-$", "—": "---"}
+    signs |= {"±": "$\\pm$", "→": "$\\to$", "`": "", "|": "$|$"}
+    for sign, written in signs.items():
+        text = text.replace(sign, written)
+    return text
+
+
+def html(frame: pd.DataFrame) -> str:
+    """A frame of words as an HTML table."""
+    return str(frame.to_html(index=False, border=0, justify="left")) + "\n"
 
 
 def markdown(frame: pd.DataFrame) -> str:

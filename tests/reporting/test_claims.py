@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from diablo_theory.errors import ConfigError, ResultsError
 from diablo_theory.reporting.claims import Claim, decide, read_claims, readable_claims
-from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.evidence import Evidence, NotMadeError
 from diablo_theory.reporting.questions import AnyQuestion, Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_one_failed_trial_or_one_control_that_holds_is_enough():
         broken = VERDICTS.copy()
         broken.loc[place, "passed"] = False
         assert ask(keys, verdicts=broken).outcome == Outcome.FAILS
-    with pytest.raises(ResultsError, match=r"no verdict of the check\(s\) S9 is saved"):
+    with pytest.raises(NotMadeError, match=r"no verdict of the check\(s\) S9 is saved"):
         ask({"kind": "verdicts", "checks": ["S9"]}, verdicts=VERDICTS)
 
 

@@ -50,7 +50,7 @@ def test_predictions_are_escaped(written):
 def test_the_folder_is_complete(written):
     folder = written.parent
     assert (folder / "rows.csv").exists()
-    assert len(list((folder / "tables").iterdir())) == 10
+    assert len(list((folder / "tables").iterdir())) == 5 * 4
     assert len(list((folder / "figures").iterdir())) == 12
     text = (folder / "report.md").read_text()
     for target in re.findall(r"\]\((.*?)\)", text):

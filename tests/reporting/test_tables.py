@@ -3,7 +3,7 @@ import pytest
 
 from diablo_theory.reporting.findings import findings
 from diablo_theory.reporting.results import collect
-from diablo_theory.reporting.tables import build, interval, markdown, readable, write_tables
+from diablo_theory.reporting.tables import build, interval, latex, markdown, readable, write_tables, write_words
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_failures_and_unfinished_runs_raise_the_alarm(make, results):
 
 def test_written_tables(tables, tmp_path):
     written = write_tables(tables, tmp_path)
-    assert len(written) == 10
+    assert len(written) == 5 * 4
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "differences.csv"), tables.differences)
     assert (tmp_path / "results.md").read_text().startswith("| Task ")
 
@@ -90,3 +90,27 @@ def test_words():
     assert interval(float("nan"), 0, 0) == "—"
     assert interval(1, float("nan"), float("nan"), 2) == "1.00"
     assert "a\\|b" in markdown(pd.DataFrame({"x": ["a|b"]}))
+
+
+def test_words_as_latex_with_booktabs_rules():
+    text = latex(pd.DataFrame({"Share, %": ["50%", "a_b & {c} #1"], "Value": ["−2.3", "x < y ± 1"]}))
+    assert r"Share, \% & Value \\" in text
+    assert r"50\% & $-$2.3 \\" in text
+    assert r"a\_b \& \{c\} \#1 & x $<$ y $\pm$ 1 \\" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert text.isascii()
+
+
+def test_long_cells_break_their_lines_in_latex():
+    assert text_of_columns(latex(pd.DataFrame({"a": ["b"], "c": ["d" * 60]}))) == r"lp{0.30\linewidth}"
+    assert text_of_columns(latex(pd.DataFrame({"a": ["b"]}))) == "l"
+
+
+def text_of_columns(text):
+    return text.split("\n")[0].removeprefix(r"\begin{tabular}{").removesuffix("}")
+
+
+def test_words_are_written_in_every_format(tmp_path):
+    files = write_words(pd.DataFrame({"a": ["<b>"]}), tmp_path / "tables", "t")
+    assert [file.name for file in files] == ["t.md", "t.tex", "t.html"]
+    assert "&lt;b&gt;" in (tmp_path / "tables" / "t.html").read_text()

@@ -1,0 +1,303 @@
+"""What all saved results say together: claims, published beside reproduced, conflicts, deviations, ages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diablo_theory.files import read_json
+from diablo_theory.reporting.claims import FILE, Decided, decide, read_claims
+from diablo_theory.reporting.evidence import Evidence, NotMadeError
+from diablo_theory.reporting.parameters import readable_counts
+from diablo_theory.reporting.published import AVERAGE, METHOD_NAMES, OTHER_METRICS, conflicts, odd_averages
+from diablo_theory.reporting.questions import Outcome
+from diablo_theory.reporting.results import validate_rows
+from diablo_theory.reporting.suite_tables import NOTE, build_sections, readable_section, title
+from diablo_theory.reporting.tables import task_name
+
+#: Suites of the paper: heading, published suites, sections of collected runs that ask the same at small scale.
+SUITES = {
+    "Commonsense reasoning": (("commonsense",), ("methods",)),
+    "Arithmetic reasoning": (("arithmetic", "math_10k"), ("methods",)),
+    "Quantised models": (("quantised", "quantised_gsm8k"), ("bases",)),
+    "Sparsity patterns": (("patterns",), ("patterns",)),
+    "Number of blocks, learning rates": ((), ("blocks", "learning_rates")),
+    "Code": (("code",), ()),
+    "Safety": (("safety",), ()),
+    "Efficiency": (("efficiency",), ()),
+}
+#: Of the section with the methods: the small-scale tasks that stand for a suite.
+TASKS = {"Commonsense reasoning": ("boolq", "arc_easy"), "Arithmetic reasoning": ("word_problems", "gsm8k")}
+_DEVIATION = re.compile(r"^- `([a-z0-9-]+)`: (.*(?:\n  .*)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report: a heading, what to know, and tables in words, each under a title (or none)."""
+
+    id: str
+    heading: str
+    text: str = ""
+    tables: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
+
+
+def decided_claims(evidence: Evidence) -> list[Decided]:
+    """Every claim of claims.yaml with its outcome; none where there is no such file."""
+    file = evidence.papers / FILE
+    return [decide(claim, evidence) for claim in read_claims(file)] if file.is_file() else []
+
+
+CLAIMS_TEXT = (
+    "Every outcome is computed from saved verdicts, measurements and scores. What a machine without a GPU cannot "
+    "decide stays open, with the command that would decide it; published numbers are no evidence of their own."
+)
+#: Sections of the claims: heading, and whose.
+CLAIMS_BY = {"The paper's claims": "paper", "Beyond the paper, and its questions at small scale": "ours"}
+
+
+def grouped_claims(decided: list[Decided]) -> list[tuple[str, list[Decided]]]:
+    """Claims under their headings, the paper's and this project's own apart."""
+    groups = [(name, [found for found in decided if found.claim.by == who]) for name, who in CLAIMS_BY.items()]
+    return [(name, group) for name, group in groups if group]
+
+
+def counted(decided: list[Decided]) -> str:
+    """How many of the paper's claims came out how, in a sentence."""
+    own = [found.outcome for found in decided if found.claim.by == "paper"]
+    told = [
+        f"{own.count(outcome)} {words[own.count(outcome) != 1]}" for outcome, words in _VERBS.items() if outcome in own
+    ]
+    return f"Of {len(own)} claims of the paper {', '.join(told)}."
+
+
+_VERBS = {
+    Outcome.HOLDS: ("holds", "hold"),
+    Outcome.CONDITIONAL: ("holds under stated conditions", "hold under stated conditions"),
+    Outcome.FAILS: ("does not hold here", "do not hold here"),
+    Outcome.OPEN: ("is not decidable here", "are not decidable here"),
+}
+
+
+def overview(evidence: Evidence, today: date, dates: pd.DataFrame) -> list[Part]:
+    """What stands in the report after the results of its own folder.
+
+    Args:
+        evidence: Saved results.
+        today: The day of the report.
+        dates: Further inputs, as :func:`inputs` returns them.
+
+    Raises:
+        ResultsError: If something is damaged, or rows are of different schema versions.
+    """
+    require_one_schema(evidence)
+    return [
+        *_suites(evidence),
+        *_parameters(evidence),
+        *_conflicts(evidence),
+        *_deviations(evidence.papers.parent / "README.md"),
+        *_ages(pd.concat([dates, inputs(evidence)], ignore_index=True), today),
+    ]
+
+
+def require_one_schema(evidence: Evidence) -> None:
+    """Refuse rows that do not go together: published ones and collected ones, of one schema version, none twice.
+
+    Raises:
+        ResultsError: Naming what does not fit.
+    """
+    frames = [frame for frame in (_made(evidence, "published"), _made(evidence, "suites")) if frame is not None]
+    rows = [frame.drop(columns="file") if isinstance(frame, pd.DataFrame) else frame.rows for frame in frames]
+    if rows:
+        validate_rows(pd.concat([frame.astype(object) for frame in rows], ignore_index=True))
+
+
+def _made(evidence: Evidence, name: str) -> Any:
+    """A part of the evidence, or None where it was never made."""
+    try:
+        return getattr(evidence, name)
+    except NotMadeError:
+        return None
+
+
+def _suites(evidence: Evidence) -> Iterable[Part]:
+    published, suites = _made(evidence, "published"), _made(evidence, "suites")
+    sections = build_sections(suites) if suites is not None else {}
+    if published is None and not sections:
+        return
+    tables: list[tuple[str, pd.DataFrame]] = []
+    for heading, (names, of_small) in SUITES.items():
+        if published is not None and names:
+            rows = published[published["suite"].isin(names)]
+            tables.append((f"{heading}: published, at full scale", readable_published(rows)))
+        small = [(name, sections[name]) for name in of_small if name in sections]
+        for name, frame in small:
+            chosen = frame[frame["task"].isin(TASKS[heading])] if heading in TASKS else frame
+            if not chosen.empty:
+                label = f"{heading}: reproduced, SmolLM2-135M at small scale ({title(name).lower()})"
+                tables.append((label, readable_section(chosen.reset_index(drop=True))))
+        if not small:
+            tables.append((f"{heading}: nothing reproduced here yet", pd.DataFrame()))
+    text = (
+        "Published numbers are of models of 7 to 13 billion parameters and were not reproduced here; beside them "
+        "stand runs of the same methods at small scale, whose scores must not be compared with theirs. How sure: "
+        "printed where the source says; quoted in somebody's note about it; or drawn, with the error of reading. "
+        f"{NOTE}"
+    )
+    yield Part("suites", "Published beside reproduced", text, tables)
+
+
+def readable_published(rows: pd.DataFrame) -> pd.DataFrame:
+    """Published rows of the paper's models in words; of others' rows with an average, that alone."""
+    own = rows["file"].str.endswith("_diablo")
+    rows = rows[rows["model"].isin(rows.loc[own, "model"])] if own.any() else rows
+    averaged = rows.groupby(["file", "model", "method", "setting"], dropna=False)["table"].transform(
+        lambda tables: (tables == AVERAGE).any()
+    )
+    own = rows["file"].str.endswith("_diablo")
+    rows = rows[~averaged | (rows["table"] == AVERAGE) | own].assign(other=~own).sort_values("other", kind="stable")
+    shares = [
+        f"{pct:g}%" if pd.notna(pct) else f"{params / 1e6:,.1f} M" if pd.notna(params) else "—"
+        for pct, params in zip(rows["trainable_pct"], rows["trainable_params"], strict=True)
+    ]
+    metrics = [
+        {"exact_match": "accuracy, %", "safe": "safe, %"}.get(
+            metric, " ".join([metric.replace("_", " "), OTHER_METRICS.get(metric, "%")])
+        )
+        for metric in rows["metric"]
+    ]
+    return pd.DataFrame(
+        {
+            "Model": rows["model"],
+            "Method": rows["setting"],
+            "Trainable": shares,
+            "Task": [task_name(table) for table in rows["table"]],
+            "Metric": metrics,
+            "Value": rows["value"].map("{:g}".format),
+            "Source": rows["origin"] + rows["note"].map(lambda note: f" ({note})" if note else ""),
+            "How sure": rows["certainty"].map(_SURE),
+        }
+    )
+
+
+_SURE = {"printed": "printed", "quoted": "quoted", "measured": "drawn, ± 0.05"}
+
+
+def _parameters(evidence: Evidence) -> Iterable[Part]:
+    counts = _made(evidence, "counts")
+    if counts is not None:
+        text = (
+            "What papers print of trainable parameters, counted again on the models' true shapes. With grouped-query "
+            "attention the key and value matrices are narrower than the query's."
+        )
+        yield Part("parameters", "Trainable parameters", text, [("", readable_counts(counts))])
+
+
+def _conflicts(evidence: Evidence) -> Iterable[Part]:
+    published = _made(evidence, "published")
+    if published is None:
+        return
+    found, odd = conflicts(published), odd_averages(published)
+    apart = pd.DataFrame(
+        {
+            "Suite": found["suite"],
+            "Model": found["model"],
+            "Method": found["method"].map(lambda method: METHOD_NAMES.get(method, method)),
+            "One source": [f"{f}: {s}" for f, s in zip(found["file_1"], found["setting_1"], strict=True)],
+            "Its average": found["average_1"].map("{:g}".format),
+            "Another": [f"{f}: {s}" for f, s in zip(found["file_2"], found["setting_2"], strict=True)],
+            "Its average ": found["average_2"].map("{:g}".format),
+            "Numbers that differ": [f"{d} of {n}" for d, n in zip(found["differing"], found["numbers"], strict=True)],
+            "By at most": found["largest"].map("{:.1f}".format),
+        }
+    )
+    means = pd.DataFrame(
+        {
+            "File": odd["file"],
+            "Row": odd["model"] + ", " + odd["setting"],
+            "Printed": odd["printed"].map("{:g}".format),
+            "Mean of its parts": odd["mean"].map("{:.2f}".format),
+        }
+    )
+    text = "Rows of published tables that ought to be the same and are not, and printed averages that are none."
+    yield Part("conflicts", "Conflicts between sources", text, [("", apart), ("Averages that do not add up", means)])
+
+
+def _deviations(readme: Path) -> Iterable[Part]:
+    """What README's list says is done otherwise than in the paper; a test holds that list to the code."""
+    if not readme.is_file():
+        return
+    found = _DEVIATION.findall(readme.read_text(encoding="utf-8"))
+    frame = pd.DataFrame(
+        [(name, " ".join(text.replace("`", "").split())) for name, text in found], columns=["Name", "What is done"]
+    )
+    if not frame.empty:
+        yield Part("deviations", "Deviations from the paper and its code", "", [("", frame)])
+
+
+def inputs(evidence: Evidence) -> pd.DataFrame:
+    """What the saved results were made from: a row an input, commit, machine and date.
+
+    Returns:
+        Columns input, runs, seeds, date (ISO, or empty where it was not noted), commit, dirty, cpu, device, torch,
+        peft, transformers.
+    """
+    rows: list[dict[str, Any]] = []
+    suites = _made(evidence, "suites")
+    if suites is not None:
+        keys = ["commit", "dirty", "cpu", "device", "torch", "peft", "transformers"]
+        for values, group in suites.configs.groupby(keys, dropna=False, sort=False):
+            seeds = ", ".join(map(str, sorted(set(group["seed"]))))
+            about = {"input": "collected runs", "runs": len(group), "seeds": seeds}
+            dates = sorted(str(day) for day in group["date"].dropna())
+            rows.append(about | dict(zip(keys, values, strict=True)) | {"date": dates[-1] if dates else ""})
+    steps = _made(evidence, "steps")
+    if steps is not None:
+        for row in steps[1].drop_duplicates(["commit", "cpu"]).to_dict("records"):
+            rows.append(
+                {"input": "step benchmark"} | {key: row.get(key) for key in ("commit", "dirty", "cpu", "torch")}
+            )
+    file = evidence.papers / "diagnosis" / "diagnose.json"
+    if file.is_file():
+        rows.append({"input": "a real model's layers"} | {key: read_json(file).get(key) for key in _INPUT_KEYS})
+    return pd.DataFrame(rows, columns=list(_INPUTS))
+
+
+_INPUT_KEYS = ("date", "commit", "dirty", "cpu", "device", "torch", "peft", "transformers")
+_INPUTS = ("input", "runs", "seeds", *_INPUT_KEYS)
+
+
+def _ages(dates: pd.DataFrame, today: date) -> Iterable[Part]:
+    if dates.empty:
+        return
+    text = f"As of {today.isoformat()}."
+    lines = []
+    for row in dates.astype(object).fillna("").to_dict("records"):
+        commit = str(row["commit"])[:10] + (" with changes" if str(row["dirty"]) == "True" else "")
+        versions = [f"{name} {row[name]}" for name in ("torch", "peft", "transformers") if row[name]]
+        lines.append(
+            {
+                "Input": row["input"],
+                "Runs": str(row["runs"] or "—"),
+                "Seeds": str(row["seeds"]) or "—",
+                "Made on": str(row["date"])[:10] or "not noted",
+                "Age": _age(str(row["date"])[:10], today),
+                "Commit": commit or "—",
+                "Machine": ", ".join(str(row[name]) for name in ("cpu", "device") if row[name]),
+                "Versions": ", ".join(versions),
+            }
+        )
+    yield Part("inputs", "How old the inputs are, and where they were made", text, [("", pd.DataFrame(lines))])
+
+
+def _age(made: str, today: date) -> str:
+    try:
+        days = (today - date.fromisoformat(made)).days
+    except ValueError:
+        return "—"
+    return "today" if days == 0 else f"{days} day{'s' if days != 1 else ''}"
