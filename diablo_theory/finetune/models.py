@@ -95,11 +95,23 @@ def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    _require_fit(name, model, tokenizer)
     # A model's own decoding habits (a repetition penalty, beams) would make "greedy" mean something else for each.
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return LoadedModel(model.to(pick_device(device)), tokenizer, source, sha256)
+
+
+def _require_fit(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer of another model: its ids would reach beyond the embedding in the middle of a run."""
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.vocab_size - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
+    if largest >= rows:
+        raise ModelUnavailableError(
+            f"model {name!r}: its tokenizer has ids up to {largest}, its embedding {rows} rows: the tokenizer belongs "
+            "to another model, or the model's embedding has to be resized and saved first"
+        )
 
 
 def load_network(name: str) -> Any:

@@ -13,6 +13,16 @@ NAME = "SmolLM2-135M-Instruct"
 OTHER_SIZES = '{"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1}'
 
 
+def test_a_tokenizer_of_another_model_is_refused(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = LlamaConfig.from_pretrained(folder, vocab_size=100)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(ModelUnavailableError, match="tokenizer has ids up to 256, its embedding 100 rows"):
+        models.load_model(str(folder), "cpu")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DIABLO_THEORY_CACHE", str(tmp_path / "cache"))
