@@ -118,7 +118,8 @@ def _base(quantise: object, dtype: str) -> str:
     if not isinstance(quantise, str):
         return dtype
     found = json.loads(quantise)
-    return f"{found['bits']} bits, {found['method']}"
+    groups = f", groups of {found['group_size']}" if found.get("group_size") else ""
+    return f"{found['bits']} bits, {found['method']}{groups}"
 
 
 def differences(suites: Suites) -> pd.DataFrame:

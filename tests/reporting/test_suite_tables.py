@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.comparisons import _base
 from diablo_theory.reporting.style import save
 from diablo_theory.reporting.suite_plots import methods, settings
 from diablo_theory.reporting.suite_tables import (
@@ -83,6 +84,11 @@ def test_differences_are_to_diablo_on_the_same_base(sections):
         gap = bases.loc[(base, "lora"), "exact_match"] - bases.loc[(base, "diablo"), "exact_match"]
         assert bases.loc[(base, "lora"), "exact_match_less"] == pytest.approx(gap)
         assert np.isnan(bases.loc[(base, "diablo"), "exact_match_less"])
+
+
+def test_bases_of_other_groups_have_other_names():
+    assert _base('{"method": "rtn", "bits": 4, "group_size": 64}', "float32") == "4 bits, rtn, groups of 64"
+    assert _base('{"method": "rtn", "bits": 4, "group_size": null}', "float32") == "4 bits, rtn"
 
 
 def test_words(sections):
