@@ -59,7 +59,7 @@ def test_verify_prints_verdicts_and_writes_them(shell, tmp_path):
     assert status == 0
     assert "control" in out
     assert pd.read_csv(tmp_path / "here" / "verdicts.csv")["passed"].all()
-    assert {path.suffix for path in (tmp_path / "here").iterdir()} == {".csv", ".pdf", ".png"}
+    assert {path.suffix for path in (tmp_path / "here").iterdir()} == {".csv", ".pdf", ".svg", ".png"}
 
 
 def test_a_failing_verdict_is_a_failing_exit(shell, monkeypatch):
@@ -213,7 +213,7 @@ def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, small_diagnosis
     assert status == 0
     assert "0.q_proj" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
-        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.png"),
+        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.svg", "captures.png"),
         *("diagnose.json", "statistics.json"),
     }
     assert len(pd.read_csv(tmp_path / "here/layers.csv")) == 5
