@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from diablo_theory.reporting.style import Look
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, Look
+
+#: Behind a panel of what was run here at small scale; behind what was published there is nothing.
+HERE_TINT = "#EEF3F8"
 
 
 def plain_ticks(axis: Axis, subs: tuple[float, ...]) -> None:
@@ -42,3 +49,54 @@ def dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec
     axes.set_yticks(range(len(table)), table["label"])
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+
+
+def accents(methods: Sequence[str]) -> list[str]:
+    """DiaBlo's colour for DiaBlo and grey for all others, where rows are named beside the bars."""
+    return [DIABLO_BLUE if method == "diablo" else GREY for method in methods]
+
+
+def published_bars(
+    axes: Axes, values: Sequence[float], methods: Sequence[str], names: Sequence[str], spec: str
+) -> None:
+    """Hollow, hatched bars from zero, one a row, each with its value: numbers that others have published."""
+    colors = accents(methods)
+    bars = axes.barh(range(len(values)), values, height=0.66, facecolor="white", edgecolor=colors, hatch="/////")
+    for bar, color in zip(bars, colors, strict=True):
+        bar.set_hatchcolor(color)
+    _rows(axes, values, values, names, spec)
+
+
+def own_bars(
+    axes: Axes, table: pd.DataFrame, name: str, methods: Sequence[str], names: Sequence[str], spec: str
+) -> None:
+    """Filled bars from zero with 95% intervals on a tinted ground, one a row: numbers that were measured here.
+
+    Args:
+        axes: The panel.
+        table: Columns ``name``, ``name_low`` and ``name_high``.
+        name: Of the quantity.
+        methods: Of each row, for its colour.
+        names: Of each row, as the axis shows them.
+        spec: How a value is written.
+    """
+    values, low, high = (table[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+    axes.set_facecolor(HERE_TINT)
+    axes.barh(range(len(values)), values, height=0.66, color=accents(methods))
+    ends = np.nan_to_num(np.maximum([values - low, high - values], 0))
+    axes.errorbar(values, range(len(values)), xerr=ends, fmt="none", color="black", capsize=2.5, linewidth=1.1)
+    _rows(axes, values, np.fmax(values, high), names, spec)
+
+
+def _rows(axes: Axes, values: Sequence[float], ends: Sequence[float], names: Sequence[str], spec: str) -> None:
+    for place, (value, end) in enumerate(zip(values, ends, strict=True)):
+        axes.annotate(spec.format(value), (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_xlim(0, 1.22 * max(ends))
+    axes.grid(visible=False, axis="y")
+
+
+def foot(figure: Figure, text: str) -> None:
+    """What a reader must know of the numbers, below the panels."""
+    figure.supxlabel(textwrap.fill(text, 126), x=0.01, ha="left", fontsize=7.5, color=GREY)
