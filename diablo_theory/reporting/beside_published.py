@@ -42,7 +42,8 @@ def quantised(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figur
     panels[1].set_xlabel("average after math_10k, %")
     if own is not None:
         _own(panels[2], own)
-    foot(figure, f"{origins(shown)} {SMALL if own is not None else ''} Beside names: trainable parameters as quoted.")
+    small = "" if own is None else SMALL
+    foot(figure, origins(shown), small, "Beside names: trainable parameters as quoted.")
     return figure
 
 
@@ -60,7 +61,7 @@ def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure
     ratios = [count] if own is None else [count, len(own)]
     figure = Figure(figsize=(WIDTH, 1.2 + 0.27 * count + (0.55 + 0.25 * len(own) if own is not None else 0)))
     grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios)
-    measures = {"exact_match": ("GSM8K, %", "{:.1f}"), "minutes": ("minutes of training", "{:.1f}")}
+    measures = {"exact_match": ("GSM8K, %", "{:.2f}"), "minutes": ("minutes of training", "{:.2f}")}
     for place, (metric, (label, spec)) in enumerate(measures.items()):
         axes = figure.add_subplot(grid[0, place])
         same = shown[shown["metric"] == metric]
@@ -72,7 +73,8 @@ def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure
             axes.set_title(f"{shown['model'].iloc[0]}, 1/64 of the entries: published")
     if own is not None:
         _own(figure.add_subplot(grid[1, :]), own)
-    foot(figure, f"{origins(shown)} {SMALL if own is not None else ''} Hardware of the published minutes: not stated.")
+    small = "" if own is None else SMALL
+    foot(figure, origins(shown), small, "Hardware of the published minutes: not stated.")
     return figure
 
 

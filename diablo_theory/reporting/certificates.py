@@ -78,9 +78,7 @@ def certificates(layers: pd.DataFrame) -> Figure:
     axes.set_xlabel("in units of the layer's full gradient")
     figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
     tokens, count = int(shown["tokens"].max()), int(shown["num_blocks"].iloc[0])
-    foot(
-        figure,
-        f"S3: the full gradient is at most the bound. N = {count}, {tokens:,} tokens of one model's layers; small scale. "
-        "*: the premise (every X_i has the rank of X) fails, so that a leak remains.",
-    )
+    what = f"N = {count}, {tokens:,} tokens, layers of one model; small scale."
+    star = "*: the premise (every X_i has the rank of X) fails, so that a leak remains."
+    foot(figure, "S3: the full gradient is at most the bound.", what, star)
     return figure

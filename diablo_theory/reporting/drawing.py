@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from diablo_theory.reporting.style import DIABLO_BLUE, GREY, Look
 
 #: Behind a panel of what was run here at small scale; behind what was published there is nothing.
 HERE_TINT = "#EEF3F8"
+_LIGHTER = {DIABLO_BLUE: DIABLO_BLUE, GREY: "#8C8C8C"}
 
 
 def plain_ticks(axis: Axis, subs: tuple[float, ...]) -> None:
@@ -70,33 +72,39 @@ def published_bars(
 def own_bars(
     axes: Axes, table: pd.DataFrame, name: str, methods: Sequence[str], names: Sequence[str], spec: str
 ) -> None:
-    """Filled bars from zero with 95% intervals on a tinted ground, one a row: numbers that were measured here.
+    """Filled bars from zero on a tinted ground, one a row: numbers that were measured here, with 95% intervals.
 
     Args:
         axes: The panel.
-        table: Columns ``name``, ``name_low`` and ``name_high``.
+        table: Column ``name`` and, where there are intervals, ``name_low`` and ``name_high``.
         name: Of the quantity.
         methods: Of each row, for its colour.
         names: Of each row, as the axis shows them.
         spec: How a value is written.
     """
-    values, low, high = (table[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+    values = table[name].to_numpy(float)
+    low, high = (table.get(f"{name}{end}", table[name]).to_numpy(float) for end in ("_low", "_high"))
     axes.set_facecolor(HERE_TINT)
-    axes.barh(range(len(values)), values, height=0.66, color=accents(methods))
+    axes.barh(range(len(values)), values, height=0.66, color=[_LIGHTER[color] for color in accents(methods)])
     ends = np.nan_to_num(np.maximum([values - low, high - values], 0))
-    axes.errorbar(values, range(len(values)), xerr=ends, fmt="none", color="black", capsize=2.5, linewidth=1.1)
+    has = ends.max(axis=0) > 0
+    places = np.arange(len(values))
+    axes.errorbar(values[has], places[has], xerr=ends[:, has], fmt="none", color="black", capsize=2.5, linewidth=1.1)
     _rows(axes, values, np.fmax(values, high), names, spec)
 
 
 def _rows(axes: Axes, values: Sequence[float], ends: Sequence[float], names: Sequence[str], spec: str) -> None:
+    behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1}
+    placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
     for place, (value, end) in enumerate(zip(values, ends, strict=True)):
-        axes.annotate(spec.format(value), (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(spec.format(value), (end, place), (5, 0), **placed)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_xlim(0, 1.22 * max(ends))
     axes.grid(visible=False, axis="y")
 
 
-def foot(figure: Figure, text: str) -> None:
-    """What a reader must know of the numbers, below the panels."""
-    figure.supxlabel(textwrap.fill(text, 126), x=0.01, ha="left", fontsize=7.5, color=GREY)
+def foot(figure: Figure, *sentences: str) -> None:
+    """What a reader must know of the numbers, below the panels; empty sentences are left out."""
+    text = textwrap.fill(" ".join(part for part in sentences if part), 126)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=GREY)

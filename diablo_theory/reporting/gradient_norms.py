@@ -54,8 +54,9 @@ def gradient_norms(suites: Suites, note: str) -> Figure:
     many = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     foot(
         figure,
-        f"{task_name(task)}. Lines: means over {many} seeds; bands: least to largest seed. Each group of parameters "
-        f"by itself; heights of different groups are not on one scale. {note}",
+        f"{task_name(task)}. Lines: means over {many} seeds; bands: least to largest seed.",
+        "Each group of parameters by itself; heights of different groups are not on one scale.",
+        note,
     )
     return figure
 

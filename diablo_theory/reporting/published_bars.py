@@ -1,4 +1,4 @@
-"""Bars of published averages, hollow and hatched: nothing in them was reproduced here, and contradictions are marked."""
+"""Bars of published averages, hollow and hatched: nothing of them was reproduced here; contradictions are marked."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from matplotlib.figure import Figure
 from diablo_theory.reporting.drawing import accents, foot, published_bars
 from diablo_theory.reporting.published import AVERAGE, conflicts
 from diablo_theory.reporting.style import WIDTH, styled
-from diablo_theory.reporting.tables import task_name
 
 #: Sources of other numbers, by the end of their file's name.
 _SOURCES = {
-    "sketchtune": "SketchTune's README",
-    "dora": "DoRA's README",
-    "dora-early": "DoRA's early README",
-    "smt": "SMT's README",
-    "milora": "MiLoRA's paper",
-    "llm-adapters": "LLM-Adapters' README",
-    "diablo": "the paper's table",
+    "sketchtune": "SketchTune",
+    "dora": "DoRA",
+    "dora-early": "DoRA (early)",
+    "smt": "SMT",
+    "milora": "MiLoRA",
+    "llm-adapters": "LLM-Adapters",
+    "diablo": "paper's table",
     "diablo-bars": "its authors' chart",
 }
 _CHART = " (from a chart)"
@@ -48,9 +47,9 @@ def commonsense(rows: pd.DataFrame) -> Figure:
         _enlarged(right, same)
     left.set(xlabel="average, %", xlim=(0, 118))
     left.set_xticks(range(0, 101, 25))
-    right.set(xlabel="the same, enlarged; ◇: another source says", xlim=(72.5, 95.5))
-    right.set_xticks(range(75, 91, 5))
-    foot(figure, f"Commonsense, eight sets. {origins(shown)} Beside names: trainable share as quoted.")
+    right.set(xlabel="the same, enlarged; ◇: another source says", xlim=(72.5, 97))
+    right.set_xticks(range(75, 96, 5))
+    foot(figure, "Commonsense, eight sets.", origins(shown), "Beside names: trainable share as quoted.")
     return figure
 
 
@@ -66,11 +65,12 @@ def arithmetic(rows: pd.DataFrame) -> Figure:
     for axes, table in zip(figure.subplots(1, 3), parts, strict=True):
         published_bars(axes, table["value"], table["method"], table["name"], "{:.1f}")
         which = str(table["table"].iloc[0])
-        axes.set(title="Average" if which == AVERAGE else task_name(which), xlabel="right answers, %")
+        axes.set(title="Average" if which == AVERAGE else which.upper(), xlabel="right answers, %")
         if axes is not figure.axes[0]:
             axes.set_yticklabels([])
     model = parts[0]["model"].iloc[0]
-    foot(figure, f"{model} after MetaMathQA. {origins(pd.concat(parts))} Beside names: trainable share as quoted.")
+    sources = origins(pd.concat(parts))
+    foot(figure, f"{model} after MetaMathQA.", sources, "Beside names: trainable share as quoted.")
     return figure
 
 
@@ -128,8 +128,8 @@ def _enlarged(axes: Axes, table: pd.DataFrame) -> None:
             axes.plot([row["value"], value], [place, place], color="black", linewidth=0.8, linestyle=":", zorder=1)
             axes.plot(value, place, "D", markerfacecolor="white", markeredgecolor="black", markersize=5)
             right = max(row["value"], value)
-            words = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
-            axes.annotate(f"{value:.1f}, {source}", (right, place), (6, 0), **words)
+            words = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{value:.1f}, {source}", (right, place), (7, 0), **words).set_in_layout(False)
     axes.set_yticks(range(len(table)), [])
     axes.set_ylim(len(table) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")

@@ -83,12 +83,16 @@ def _panel(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_xlim(0.28, 180)
     plain_ticks(axes.xaxis, (1.0,))
     low, high = table["value"].min(), table["value"].max()
-    axes.set_ylim(low - 0.14 * (high - low), high + 0.14 * (high - low))
+    axes.set_ylim(low - 0.14 * (high - low), high + 0.22 * (high - low))
 
 
 def _label(axes: Axes, row: Mapping[Any, Any], at: tuple[float, float]) -> None:
-    left = at[0] > 50
-    rightmost = max(at[0], row["trainable_pct"] if row["differs"] else 0)
-    place = (at[0] if left else rightmost, at[1])
-    words = {"textcoords": "offset points", "va": "center", "ha": "right" if left else "left", "fontsize": 8}
-    axes.annotate(row["setting"], place, (-7 if left else 7, 0), **words)
+    """DiaBlo's name above its mark, where it is clear of its neighbours; full fine-tuning's to the left."""
+    words = {"textcoords": "offset points", "fontsize": 8}
+    if row["method"] == "diablo":
+        axes.annotate(row["setting"], at, (0, 7), ha="center", va="bottom", **words)
+    elif row["method"] == "full":
+        axes.annotate(row["setting"], at, (-7, 0), ha="right", va="center", **words)
+    else:
+        right = max(at[0], row["trainable_pct"] if row["differs"] else 0)
+        axes.annotate(row["setting"], (right, at[1]), (7, 0), ha="left", va="center", **words)

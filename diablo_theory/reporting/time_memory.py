@@ -30,22 +30,19 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     for axes, table, spec in ((panels[0, 0], minutes, "{:.0f}"), (panels[0, 1], ratios, "{:.2f}")):
         published_bars(axes, table["value"], table["method"], table["setting"].str.partition(",")[0], spec)
     panels[0, 0].set(title="Published: the paper", xlabel="minutes an epoch, hardware unstated")
-    panels[0, 1].set(title="Published: MiLoRA's paper, LLaMA2-7B", xlabel="training time, ratio to LoRA's")
+    panels[0, 0].set_ylim(len(ratios) - 0.45, -0.55)  # rows as high as those beside them
+    panels[0, 1].set(title="Published: MiLoRA's paper", xlabel="training time, ratio to LoRA's")
     panels[0, 1].axvline(1, color="black", linewidth=0.8, linestyle=":")
     own_bars(panels[1, 0], own, "over_lora", own["name"].str.partition("-")[0], own["method"], "{:.3f}")
     panels[1, 0].axvline(1, color="black", linewidth=0.8, linestyle=":")
     panels[1, 0].set(title="Measured here: a training step", xlabel="time, ratio to LoRA's, 95% interval")
     memory = own.assign(peak=own["static_mib"] + own["step_peak_mib"])
-    ends = {"peak_low": memory["peak"], "peak_high": memory["peak"]}
-    own_bars(panels[1, 1], memory.assign(**ends), "peak", own["name"].str.partition("-")[0], own["method"], "{:,.0f}")
-    panels[1, 1].set(title="Measured here: memory of a step", xlabel="at rest and peak together, MiB")
+    own_bars(panels[1, 1], memory, "peak", own["name"].str.partition("-")[0], own["method"], "{:,.0f}")
+    panels[1, 1].set(title="Measured here: memory", xlabel="at rest and peak of a step, MiB")
     panels[1, 1].set_yticklabels([])
     saved = cost[cost["metric"] == "memory_saved_pct"].to_dict("records")
-    said = "".join(f" Published of memory alone: {row['setting']}, {row['value']:g}% saved." for row in saved)
+    said = "".join(f"Published of memory alone: {row['setting']}, {row['value']:g}% saved." for row in saved)
     where = f"{own['workload'].iloc[0]}, two CPU cores, all methods at the parameters of DiaBlo with N = {count}"
-    foot(
-        figure,
-        f"Above: {origins(pd.concat([minutes, ratios]))}{said} Below, filled, on a tinted ground: measured here, small "
-        f"scale ({where}). A step here and an epoch there are different things.",
-    )
-    return figure
+    published = origins(pd.concat([minutes, ratios]))
+    here = f"Filled, on a tinted ground: measured here, small scale ({where})."
+    foot(figure, published, said, here, "A step here and an epoch there are different things.")
