@@ -81,10 +81,11 @@ def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure
 def _own(axes: Axes, section: pd.DataFrame) -> None:
     table = section.dropna(subset=["exact_match"]).reset_index(drop=True)
     names = list(table["label"])
-    if table["base"].nunique() > 1:
+    tasks, bases = set(table["task"]), set(table["base"])
+    if len(bases) > 1:
         names = [f"{name}; {base}" for name, base in zip(names, table["base"], strict=True)]
-    if table["task"].nunique() > 1:
+    if len(tasks) > 1:
         names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
     own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
-    what = task_name(table["task"].iloc[0]) if table["task"].nunique() == 1 else "All tasks"
+    what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
     axes.set(title=f"{what}, small scale (SmolLM2-135M): run here", xlabel="exact match, %")

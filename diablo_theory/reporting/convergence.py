@@ -69,8 +69,8 @@ def convergence(table: pd.DataFrame) -> Figure:
     foot(
         figure,
         "Computed here: random linear problems, 32 x 32, N = 4, so that an X_i has rank 8 at most; equal numbers of "
-        "parameters (but full); steps of 1/lambda_max of each method. Thin, black: predicted. Above, the closed form's "
-        "least excess; below, beside each curve, the slope by the smallest curvature (LoRA's: where it ended).",
+        "parameters (but full); steps of 1/lambda_max of each method. Thin, black: predicted. Above, the least excess "
+        "by closed forms; below, beside each curve, the slope by the smallest curvature (LoRA's: where it ended).",
     )
     return figure
 

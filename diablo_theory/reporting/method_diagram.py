@@ -17,12 +17,12 @@ _SHADES = ("#0072B2", "#5BA3D0", "#9CC9E6", "#D3E7F4")
 @styled
 def method_diagram() -> Figure:
     """``Y = X W`` with its N diagonal blocks trained, and with LoRA's ``A B`` beside W."""
-    figure = Figure(figsize=(WIDTH, 3.35))
+    figure = Figure(figsize=(WIDTH, 2.75))
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.12]})
     _diablo(left)
     _lora(right)
-    for axes, width in ((left, 8.3), (right, 9.3)):
-        axes.set(xlim=(-0.3, width), ylim=(-2.35, 4.6), aspect="equal")
+    for axes, width in ((left, 8.3), (right, 9.4)):
+        axes.set(xlim=(-0.3, width), ylim=(-2.0, 4.15), aspect="equal")
         axes.set_axis_off()
     return figure
 
@@ -54,12 +54,13 @@ def _lora(axes: Axes) -> None:
     _box(axes, (2.75, 0), (2.5, 4), _FROZEN, "$W$\nfrozen")
     _box(axes, (6.1, 0), (0.45, 4), LORA_VERMILLION, "$A$", "white")
     _box(axes, (6.8, 3.55), (2.3, 0.45), LORA_VERMILLION, "$B$", "white")
-    axes.text(2.37, 2, "·", ha="center", va="center", fontsize=13)
+    axes.text(2.3, 2, "·", ha="center", va="center", fontsize=13)
     axes.text(5.66, 2, "+", ha="center", va="center", fontsize=12)
     _sizes(axes, ((1, r"$b \times m_1$"), (4, r"$m_1 \times m_2$"), (6.35, r"$m_1 \times r$")))
     axes.text(7.95, 3.1, r"$r \times m_2$", ha="center", va="center", fontsize=8)
-    axes.text(4.6, -1.05, "every output gets something from every input, by way of\n$r$ directions; $B = 0$ at the start",
-              ha="center", va="center", fontsize=8.5)  # fmt: skip
+    axes.text(4.6, -1.05, "every output reads every input, by way of $r$ directions", ha="center", fontsize=8.5)
+    for at, inward in ((2.6, 0.12), (9.22, -0.12)):  # brackets around W + A B
+        axes.plot([at + inward, at, at, at + inward], [-0.12, -0.12, 4.12, 4.12], color="black", linewidth=1)
     axes.text(4.6, -1.85, r"trained: $r\,(m_1 + m_2)$ entries", ha="center", fontsize=10, color="#A84A00")
 
 

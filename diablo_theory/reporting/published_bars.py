@@ -35,6 +35,7 @@ def commonsense(rows: pd.DataFrame) -> Figure:
         rows: From :func:`~.published.read_published`.
     """
     shown = averages(rows, "commonsense")
+    shown = shown.assign(others=contradictions(shown, rows))
     models = list(dict.fromkeys(shown["model"]))
     counts = [int((shown["model"] == model).sum()) for model in models]
     figure = Figure(figsize=(WIDTH, 1.6 + 0.235 * sum(counts) + 0.2 * len(counts)))
@@ -83,19 +84,28 @@ def averages(rows: pd.DataFrame, suite: str, table: str = AVERAGE) -> pd.DataFra
         table: Which column of the paper's table.
 
     Returns:
-        The rows of the schema with ``name`` (setting and quoted share) and ``others``, pairs of a value and who says
-        so, for each source that contradicts; DiaBlo last within a model.
+        The rows of the schema with ``name``: setting and quoted share. DiaBlo is last within a model.
     """
     own = rows[(rows["suite"] == suite) & (rows["table"] == table) & (rows["metric"] == "exact_match")]
     own = own[own["file"].isin([f"{suite}_diablo", f"{suite}_diablo-bars"])].sort_values("file", kind="stable")
     own = own.assign(bits=own["setting"].str.extract(r"^(\d) bits", expand=False).fillna(""))
     own = own.drop_duplicates(["model", "bits", "method"]).copy()
     own["name"] = [_name(row) for row in own.to_dict("records")]
-    found = conflicts(rows[rows["suite"] == suite]).to_dict("records") if table == AVERAGE else []
-    own["others"] = [_others(row, found) for row in own.to_dict("records")]
     models = {model: place for place, model in enumerate(dict.fromkeys(own["model"]))}
     order = pd.DataFrame({"model": own["model"].map(models), "bits": own["bits"], "last": own["method"] == "diablo"})
     return own.loc[order.sort_values(["model", "bits", "last"], ascending=[True, False, True], kind="stable").index]
+
+
+def contradictions(shown: pd.DataFrame, rows: pd.DataFrame) -> list[list[tuple[float, str]]]:
+    """For each of the averages what other sources say instead: pairs of a value and who says so.
+
+    Args:
+        shown: From :func:`averages`.
+        rows: From :func:`~.published.read_published`.
+    """
+    key = ["suite", "model", "method"]
+    found = conflicts(rows.merge(shown[key].drop_duplicates(), on=key)).to_dict("records")
+    return [_others(row, found) for row in shown.to_dict("records")]
 
 
 def _name(row: Mapping[Any, Any]) -> str:

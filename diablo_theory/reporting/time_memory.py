@@ -46,3 +46,4 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     published = origins(pd.concat([minutes, ratios]))
     here = f"Filled, on a tinted ground: measured here, small scale ({where})."
     foot(figure, published, said, here, "A step here and an epoch there are different things.")
+    return figure

@@ -35,7 +35,7 @@ def descents(seed: int = 0, iterations: int = 2000) -> pd.DataFrame:
         A row a problem, method and kept iterate (all of the first hundred, then evenly spaced in the logarithm):
         premise ("holds" or "fails"), rank, method, parameters, step, iteration; excess over the minimum of full
         fine-tuning, and floor, the least one that the method can reach (closed form), both relative to the excess of
-        no update; factor, the curvature's prediction of how the distance to the floor shrinks in each step in the end:
+        no update; left, their difference; factor, the curvature's prediction of how the distance to the floor shrinks in each step in the end:
         ``max_j (1 - step lambda_j)^2``. For LoRA the lambda_j are those where descent ended.
 
     Raises:
@@ -58,7 +58,9 @@ def descents(seed: int = 0, iterations: int = 2000) -> pd.DataFrame:
             relative = excess[kept] / excess[0]  # every method starts at no update
             parts.append(
                 pd.DataFrame(
-                    named | {"step": step, "iteration": kept, "excess": relative, "floor": floor} | {"factor": factor}
+                    named
+                    | {"step": step, "iteration": kept, "excess": relative, "floor": floor, "left": relative - floor}
+                    | {"factor": factor}
                 )
             )
     return pd.concat(parts, ignore_index=True)
