@@ -35,8 +35,8 @@ def descents(seed: int = 0, iterations: int = 2000) -> pd.DataFrame:
         A row a problem, method and kept iterate (all of the first hundred, then evenly spaced in the logarithm):
         premise ("holds" or "fails"), rank, method, parameters, step, iteration; excess over the minimum of full
         fine-tuning, and floor, the least one that the method can reach (closed form), both relative to the excess of
-        no update; left, their difference; factor, the curvature's prediction of how the distance to the floor shrinks in each step in the end:
-        ``max_j (1 - step lambda_j)^2``. For LoRA the lambda_j are those where descent ended.
+        no update; left, their difference; factor, the curvature's prediction of how what is left shrinks in each step
+        in the end: ``max_j (1 - step lambda_j)^2``. For LoRA the lambda_j are those where descent ended.
 
     Raises:
         ValueError: If iterations is below 1.
