@@ -87,7 +87,7 @@ def _approach(axes: Axes, run: pd.DataFrame, look: Look) -> None:
     left = run[(run["left"] < _LEAST).cumsum() == 0]
     _line(axes, left["iteration"], left["left"], look)
     last = left.iloc[-1]
-    steps = np.array([0.35 * last["iteration"], last["iteration"]])
+    steps = np.array([0.65 * last["iteration"], last["iteration"]])
     slope = last["left"] * run["factor"].iloc[0] ** (steps - last["iteration"])
     axes.plot(steps, slope * 1.8, color="black", linewidth=0.9)  # beside the curve, so that both are seen
 

@@ -22,7 +22,7 @@ _SOURCES = {
     "milora": "MiLoRA",
     "llm-adapters": "LLM-Adapters",
     "diablo": "paper's table",
-    "diablo-bars": "its authors' chart",
+    "diablo-bars": "the authors' chart",
 }
 _CHART = " (from a chart)"
 
@@ -139,7 +139,7 @@ def _enlarged(axes: Axes, table: pd.DataFrame) -> None:
             axes.plot(value, place, "D", markerfacecolor="white", markeredgecolor="black", markersize=5)
             right = max(row["value"], value)
             words = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(f"{value:.1f}, {source}", (right, place), (7, 0), **words).set_in_layout(False)
+            axes.annotate(f"◇ {value:.1f}, {source}", (right, place), (7, 0), **words).set_in_layout(False)
     axes.set_yticks(range(len(table)), [])
     axes.set_ylim(len(table) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")

@@ -80,7 +80,7 @@ def _panel(axes: Axes, table: pd.DataFrame) -> None:
         axes.plot(*at, "o" if counted else "s", **shape)
         _label(axes, row, at)
     axes.set_xscale("log")
-    axes.set_xlim(0.28, 180)
+    axes.set_xlim(0.15, 180)
     plain_ticks(axes.xaxis, (1.0,))
     low, high = table["value"].min(), table["value"].max()
     axes.set_ylim(low - 0.14 * (high - low), high + 0.22 * (high - low))
