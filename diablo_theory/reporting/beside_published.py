@@ -88,4 +88,5 @@ def _own(axes: Axes, section: pd.DataFrame) -> None:
         names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
     own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
     what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
-    axes.set(title=f"{what}, small scale (SmolLM2-135M): run here", xlabel="exact match, %")
+    axes.set(title=f"{what}, small scale (SmolLM2-135M): run here", xlabel="exact match, %", xlim=(0, 118))
+    axes.set_xticks(range(0, 101, 20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,10 +61,7 @@ def convergence(table: pd.DataFrame) -> Figure:
         above.set_xlabel("step of gradient descent")
     panels[0, 0].set_ylabel("excess over the best loss,\nrelative to no update")
     panels[1, 0].set_ylabel("excess over what the\nmethod can reach")
-    handles = [
-        Line2D([], [], color=look[name].color, linestyle=look[name].line, marker=look[name].marker, label=words)
-        for name, words in _NAMES.items()
-    ]
+    handles = [Line2D([], [], label=words, **_style(look[name])) for name, words in _NAMES.items()]
     handles.append(Line2D([], [], color="black", linewidth=0.9, label="predicted"))
     figure.legend(handles=handles, loc="outside upper left", ncols=5, handlelength=3)
     foot(
@@ -100,6 +98,8 @@ def _until(table: pd.DataFrame) -> float:
 
 
 def _line(axes: Axes, steps: pd.Series, values: pd.Series, look: Look) -> None:
-    every = max(1, len(values) // 6)
-    style = {"color": look.color, "linestyle": look.line, "marker": look.marker, "markersize": 4.5}
-    axes.plot(steps, values, markevery=every, **style)
+    axes.plot(steps, values, markevery=max(1, len(values) // 6), **_style(look))
+
+
+def _style(look: Look) -> dict[str, Any]:
+    return {"color": look.color, "linestyle": look.line, "marker": look.marker, "markersize": 4.5}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -17,6 +18,8 @@ from diablo_theory.reporting.style import DIABLO_BLUE, GREY, Look
 
 #: Behind a panel of what was run here at small scale; behind what was published there is nothing.
 HERE_TINT = "#EEF3F8"
+#: One entry a row of a panel.
+Row: TypeAlias = "Sequence[Any] | pd.Series[Any] | npt.NDArray[Any]"
 _LIGHTER = {DIABLO_BLUE: DIABLO_BLUE, GREY: "#8C8C8C"}
 
 
@@ -53,14 +56,12 @@ def dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec
     axes.grid(visible=False, axis="y")
 
 
-def accents(methods: Sequence[str]) -> list[str]:
+def accents(methods: Row) -> list[str]:
     """DiaBlo's colour for DiaBlo and grey for all others, where rows are named beside the bars."""
     return [DIABLO_BLUE if method == "diablo" else GREY for method in methods]
 
 
-def published_bars(
-    axes: Axes, values: Sequence[float], methods: Sequence[str], names: Sequence[str], spec: str
-) -> None:
+def published_bars(axes: Axes, values: Row, methods: Row, names: Row, spec: str) -> None:
     """Hollow, hatched bars from zero, one a row, each with its value: numbers that others have published."""
     colors = accents(methods)
     bars = axes.barh(range(len(values)), values, height=0.66, facecolor="white", edgecolor=colors, hatch="/////")
@@ -69,9 +70,7 @@ def published_bars(
     _rows(axes, values, values, names, spec)
 
 
-def own_bars(
-    axes: Axes, table: pd.DataFrame, name: str, methods: Sequence[str], names: Sequence[str], spec: str
-) -> None:
+def own_bars(axes: Axes, table: pd.DataFrame, name: str, methods: Row, names: Row, spec: str) -> None:
     """Filled bars from zero on a tinted ground, one a row: numbers that were measured here, with 95% intervals.
 
     Args:
@@ -93,7 +92,7 @@ def own_bars(
     _rows(axes, values, np.fmax(values, high), names, spec)
 
 
-def _rows(axes: Axes, values: Sequence[float], ends: Sequence[float], names: Sequence[str], spec: str) -> None:
+def _rows(axes: Axes, values: Row, ends: Row, names: Row, spec: str) -> None:
     behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1}
     placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
     for place, (value, end) in enumerate(zip(values, ends, strict=True)):

@@ -39,15 +39,16 @@ def gradient_norms(suites: Suites, note: str) -> Figure:
     task = str(curves.groupby("task", sort=False)["label"].nunique().idxmax())
     shown = curves[curves["task"] == task]
     labels = list(dict.fromkeys(shown["label"]))
-    rows = -(-len(labels) // _ACROSS)
+    across = min(_ACROSS, len(labels))
+    rows = -(-len(labels) // across)
     figure = Figure(figsize=(WIDTH, 1.0 + 1.75 * rows))
-    panels = figure.subplots(rows, _ACROSS, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, label in zip(panels, labels, strict=False):
         _panel(axes, shown[shown["label"] == label], label)
     for axes in panels[len(labels) :]:
         axes.set_visible(False)
     figure.supylabel("gradient norm (Frobenius)", fontsize=9)
-    for place in range(max(0, len(labels) - _ACROSS), len(labels)):
+    for place in range(len(labels) - across, len(labels)):
         panels[place].set_xlabel("training step")
         panels[place].tick_params(labelbottom=True)
     seeds = shown.groupby("label")["seeds"].max()
@@ -71,7 +72,7 @@ def norms(suites: Suites) -> pd.DataFrame:
     configs = suites.configs
     chosen = configs[(configs["suite"] == configs["train_on"]) & (configs["state"] == "finished")]
     chosen = chosen[chosen["eval_split"] == "test"][["run_id", "train_on", "label", "method", "seed"]]
-    parts = [name for name in suites.training if name.startswith(_PREFIX)]
+    parts = [str(name) for name in suites.training if str(name).startswith(_PREFIX)]
     course = suites.training.merge(chosen, on="run_id")
     without = course[parts].isna().all(axis=1)
     course = course.assign(**{f"{_PREFIX}all": course["grad_norm"].where(without)})
@@ -112,4 +113,4 @@ def _panel(axes: Axes, table: pd.DataFrame, label: str) -> None:
         )
     axes.set(title=label, yscale="log")
     plain_ticks(axes.yaxis, (1.0,))
-    axes.legend(ncols=2, handlelength=2.6, columnspacing=1.0)
+    axes.legend(loc="upper right", ncols=2, handlelength=2.6, columnspacing=1.0)

@@ -21,6 +21,7 @@ from diablo_theory.reporting.tables import Tables, task_name
 from diablo_theory.reporting.verdicts import verdict_margins
 
 REPRODUCE = "nothing saved for it yet; `diablo-theory reproduce` produces it"
+THEORY = "Random problems of this project's own, up to 128 x 64; no language model"
 TUNE = "no learning-rate search saved in this folder; `diablo-theory tune TASK --out FOLDER` produces it"
 
 
@@ -51,8 +52,12 @@ def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:
     note = scale_note(data)
     trained = data.runs[data.runs["run_id"].isin(list(data.logs)) & (data.runs["method"] != "none")]
     return {
-        "verdicts": Plan(lambda: styled(verdict_margins)(data.verdicts), REPRODUCE, not data.verdicts.empty),
-        "theory_map": Plan(lambda: styled(theory_map)(data.gap_map), REPRODUCE, not data.gap_map.empty),
+        "verdicts": Plan(
+            lambda: _noted(styled(verdict_margins)(data.verdicts), THEORY), REPRODUCE, not data.verdicts.empty
+        ),
+        "theory_map": Plan(
+            lambda: _noted(styled(theory_map)(data.gap_map), THEORY), REPRODUCE, not data.gap_map.empty
+        ),
         "training": Plan(lambda: training(trained, data.logs, note), REPRODUCE, not trained.empty),
         "results": Plan(lambda: results(tables.results, note), REPRODUCE, not tables.results.empty),
         "cost": Plan(lambda: cost(tables.costs, note), REPRODUCE, not tables.costs.empty),
@@ -60,6 +65,11 @@ def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:
             lambda: learning_rates(tables.learning_rates, note), TUNE, not tables.learning_rates.empty
         ),
     }
+
+
+def _noted(figure: Figure, note: str) -> Figure:
+    figure.supxlabel(note, fontsize=8, color=GREY)
+    return figure
 
 
 @styled

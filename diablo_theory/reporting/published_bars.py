@@ -35,11 +35,11 @@ def commonsense(rows: pd.DataFrame) -> Figure:
         rows: From :func:`~.published.read_published`.
     """
     shown = averages(rows, "commonsense")
-    shown = shown.assign(others=contradictions(shown, rows))
+    shown["others"] = contradictions(shown, rows)
     models = list(dict.fromkeys(shown["model"]))
     counts = [int((shown["model"] == model).sum()) for model in models]
     figure = Figure(figsize=(WIDTH, 1.6 + 0.235 * sum(counts) + 0.2 * len(counts)))
-    ratios = {"height_ratios": counts, "width_ratios": [1, 1.35]}
+    ratios: dict[str, Any] = {"height_ratios": counts, "width_ratios": [1, 1.35]}
     panels = figure.subplots(len(models), 2, squeeze=False, sharex="col", gridspec_kw=ratios)
     for (left, right), model in zip(panels, models, strict=True):
         same = shown[shown["model"] == model].reset_index(drop=True)
@@ -138,7 +138,7 @@ def _enlarged(axes: Axes, table: pd.DataFrame) -> None:
             axes.plot([row["value"], value], [place, place], color="black", linewidth=0.8, linestyle=":", zorder=1)
             axes.plot(value, place, "D", markerfacecolor="white", markeredgecolor="black", markersize=5)
             right = max(row["value"], value)
-            words = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
             axes.annotate(f"◇ {value:.1f}, {source}", (right, place), (7, 0), **words).set_in_layout(False)
     axes.set_yticks(range(len(table)), [])
     axes.set_ylim(len(table) - 0.45, -0.55)

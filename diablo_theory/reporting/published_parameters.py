@@ -39,7 +39,7 @@ def parameters(rows: pd.DataFrame, counts: pd.DataFrame) -> Figure:
         axes.set(title=f"{model}, {suite}", ylabel="average, %")
     for axes in figure.axes[2:]:
         axes.set_xlabel("trainable parameters, % of the model")
-    plain = {"color": GREY, "linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 1.6}
+    plain: dict[str, Any] = {"color": GREY, "linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 1.6}
     handles = [
         Line2D([], [], marker="o", label="counted on the true shapes", **plain),
         Line2D([], [], marker="|", markersize=9, label="as quoted, where that differs", **plain),
@@ -72,7 +72,7 @@ def _panel(axes: Axes, table: pd.DataFrame) -> None:
     for row, color in zip(table.to_dict("records"), accents(table["method"]), strict=True):
         counted = pd.notna(row["true_pct"])
         at = (row["true_pct"] if counted else row["trainable_pct"], row["value"])
-        shape = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1.6}
+        shape: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1.6}
         if row["differs"]:
             quoted = row["trainable_pct"]
             axes.plot([quoted, at[0]], [at[1], at[1]], color=color, linewidth=0.9)
@@ -88,7 +88,7 @@ def _panel(axes: Axes, table: pd.DataFrame) -> None:
 
 def _label(axes: Axes, row: Mapping[Any, Any], at: tuple[float, float]) -> None:
     """DiaBlo's name above its mark, where it is clear of its neighbours; full fine-tuning's to the left."""
-    words = {"textcoords": "offset points", "fontsize": 8}
+    words: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
     if row["method"] == "diablo":
         axes.annotate(row["setting"], at, (0, 7), ha="center", va="bottom", **words)
     elif row["method"] == "full":
