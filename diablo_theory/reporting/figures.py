@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,12 +18,12 @@ from diablo_theory.reporting.convergence import convergence, read_descent
 from diablo_theory.reporting.gradient_norms import gradient_norms
 from diablo_theory.reporting.method_diagram import method_diagram
 from diablo_theory.reporting.parameters import read_counts
-from diablo_theory.reporting.plans import Plan, save_plans
+from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
 from diablo_theory.reporting.published import read_published
 from diablo_theory.reporting.published_parameters import parameters
 from diablo_theory.reporting.results import ResultsData, collect
 from diablo_theory.reporting.steps import draw_steps, read_steps, summarise
-from diablo_theory.reporting.suite_plots import methods, settings
+from diablo_theory.reporting.suite_plots import TITLES, methods, settings
 from diablo_theory.reporting.suite_tables import build_sections
 from diablo_theory.reporting.suites import ROWS, Suites, read_suites
 from diablo_theory.reporting.tables import build
@@ -127,8 +127,8 @@ ENTRIES = {
         ("diagnosis/captures.csv",),
         _DIAGNOSE,
     ),
-    "suites_methods": Entry(lambda saved: methods(_section(saved, "methods"), SMALL), (_SUITES,), _COLLECT),
-    "suites_settings": Entry(lambda saved: settings(saved.sections, SMALL), (_SUITES,), _COLLECT),
+    "suites_methods": Entry(lambda saved: methods(_some(saved, ("methods",))["methods"], SMALL), (_SUITES,), _COLLECT),
+    "suites_settings": Entry(lambda saved: settings(_some(saved, TITLES), SMALL), (_SUITES,), _COLLECT),
     "gradient_norms": Entry(lambda saved: gradient_norms(saved.suites, SMALL), (_SUITES,), _COLLECT),
 }
 
@@ -171,7 +171,9 @@ def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
     return save_plans(plans(root), out)
 
 
-def _section(saved: Saved, name: str) -> pd.DataFrame:
-    if name not in saved.sections:
-        raise ResultsError(f"the collected suites in {saved.root} have no section {name!r}: collect runs of that kind")
-    return saved.sections[name]
+def _some(saved: Saved, names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """Those of the sections that collected runs have; at least one."""
+    found = {name: saved.sections[name] for name in names if name in saved.sections}
+    if not found:
+        raise NothingToDrawError(f"no collected run is of {' or '.join(names)}; {_COLLECT} some")
+    return found

@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.plans import NothingToDrawError
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, WIDTH, styled
 from diablo_theory.reporting.suites import Suites
 from diablo_theory.reporting.tables import task_name
@@ -29,12 +29,12 @@ def gradient_norms(suites: Suites, note: str) -> Figure:
         note: The line about the scale.
 
     Raises:
-        ResultsError: If no finished run on a task's own suite says a gradient's norm.
+        NothingToDrawError: If no finished run on a task's own suite says a gradient's norm.
     """
     curves = norms(suites)
     if curves.empty:
-        raise ResultsError(
-            "no finished run of a task's own suite has gradient norms; `diablo-theory collect` keeps them"
+        raise NothingToDrawError(
+            "no finished run of a task's own suite has gradient norms: `diablo-theory collect` some that trained"
         )
     task = str(curves.groupby("task", sort=False)["label"].nunique().idxmax())
     shown = curves[curves["task"] == task]

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.style import UNDATED, save
+
+
+class NothingToDrawError(ResultsError):
+    """The data are there and sound, but nothing in them is of the kind that a figure shows."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,13 @@ def save_plans(plans: Mapping[str, Plan], folder: Path) -> tuple[list[Path], dic
     written, skipped = [], {}
     for stem, plan in plans.items():
         if plan.available:
-            written += save(plan.draw(), folder, stem)
+            try:
+                written += save(plan.draw(), folder, stem)
+                continue
+            except NothingToDrawError as error:
+                skipped[stem] = str(error)
         else:
             skipped[stem] = plan.why_not
-            for suffix in UNDATED:
-                (folder / f"{stem}{suffix}").unlink(missing_ok=True)
+        for suffix in UNDATED:
+            (folder / f"{stem}{suffix}").unlink(missing_ok=True)
     return written, skipped

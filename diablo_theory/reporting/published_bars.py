@@ -35,7 +35,7 @@ def commonsense(rows: pd.DataFrame) -> Figure:
         rows: From :func:`~.published.read_published`.
     """
     shown = averages(rows, "commonsense")
-    shown["others"] = contradictions(shown, rows)
+    shown["others"] = pd.Series(contradictions(shown, rows), index=shown.index)
     models = list(dict.fromkeys(shown["model"]))
     counts = [int((shown["model"] == model).sum()) for model in models]
     figure = Figure(figsize=(WIDTH, 1.6 + 0.235 * sum(counts) + 0.2 * len(counts)))
