@@ -1,4 +1,4 @@
-"""Draw every figure again from saved results, and renew README's tables: nothing is trained or solved here."""
+"""Draw every figure again from saved results, as `diablo-theory figures` does, and renew README's tables."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ import pandas as pd
 
 from diablo_theory.errors import DiabloTheoryError, ResultsError
 from diablo_theory.files import write_text
-from diablo_theory.reporting.plots import save_figures
+from diablo_theory.reporting.figures import draw_figures
 from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.speeds import read_speeds, readable_speeds
-from diablo_theory.reporting.steps import aims, draw_steps, read_steps, readable_steps, side_measures, summarise
-from diablo_theory.reporting.style import save
-from diablo_theory.reporting.suite_plots import methods, settings
-from diablo_theory.reporting.suite_tables import build_sections, readable_sections
+from diablo_theory.reporting.steps import aims, read_steps, readable_steps, side_measures, summarise
+from diablo_theory.reporting.suite_tables import readable_sections
 from diablo_theory.reporting.suites import Suites, read_suites
 from diablo_theory.reporting.tables import Tables, build, markdown, readable
 
 HERE = Path(__file__).resolve().parent
-SAVED = HERE.parent / "paper_results" / "reproduced"
-README = HERE.parent / "README.md"
-SPEEDS = HERE.parent / "paper_results" / "speed"
-STEPS = HERE.parent / "paper_results" / "steps"
+ROOT = HERE.parent
+SAVED = ROOT / "paper_results" / "reproduced"
+README = ROOT / "README.md"
+SPEEDS = ROOT / "paper_results" / "speed"
+STEPS = ROOT / "paper_results" / "steps"
 SUITES = SAVED / "suites"
-SMALL = "Small scale: SmolLM2-135M on two CPU cores; not comparable to the paper's 7B numbers"
-COLLECT = (
-    "nothing saved for it yet; `diablo-theory sweep experiments/sweeps/small_scale.yaml --out results/small_scale` "
-    "and `diablo-theory collect results/small_scale --out paper_results/reproduced/suites` produce it"
-)
 END = "<!-- end of generated -->"
 IN_README = ("results", "differences", "costs")
 
@@ -84,36 +78,24 @@ def measured_on(lines: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the saved results, write the figures and README's tables, and say what was written and what skipped."""
+    """Draw the figures, renew README's tables, and say what was written and what skipped."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python figures/make_figures.py --results results --out /tmp/figures",
+        description=__doc__, epilog="example: python figures/make_figures.py --out /tmp/figures"
     )
     parser.add_argument(
-        *("--results",),
+        *("--out",),
         type=Path,
-        default=SAVED,
-        help="folder that `diablo-theory reproduce` wrote (default: %(default)s)",
+        default=HERE,
+        help="where PDF, SVG and PNG files go (default: %(default)s); anywhere else README stays as it is",
     )
-    parser.add_argument("--out", type=Path, help=f"where PDF and PNG files go (default for the saved results: {HERE})")
     options = parser.parse_args(arguments)
-    if options.out is None and options.results != SAVED:
-        parser.error("--results needs --out: the figures beside this script are those of the saved results")
-    options.out = options.out or HERE
     try:
-        data = collect(options.results)
-        tables = build(data)
-        written, skipped = save_figures(data, tables, options.out)
-        if options.results == SAVED:
-            written += save(draw_steps(summarise(*read_steps(STEPS))), options.out, "steps")
-            suites = saved_suites()
-            if suites is None:
-                skipped["suites_methods, suites_settings"] = COLLECT
-            else:
-                sections = build_sections(suites)
-                written += save(methods(sections["methods"], SMALL), options.out, "suites_methods")
-                written += save(settings(sections, SMALL), options.out, "suites_settings")
-            renewed = with_tables(README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS), STEPS, suites)
+        written, skipped = draw_figures(ROOT / "paper_results", options.out)
+        if options.out == HERE:
+            tables = build(collect(SAVED))
+            renewed = with_tables(
+                README.read_text(encoding="utf-8"), tables, read_speeds(SPEEDS), STEPS, saved_suites()
+            )
             write_text(README, renewed)
             written.append(README)
     except DiabloTheoryError as error:

@@ -12,7 +12,7 @@ RUN = ["num_blocks=6", "steps=3", "batch_size=2", "warmup_steps=1", "eval_items=
 
 
 COMMANDS = ["reproduce", "verify", "map", "speed", "tune", "diagnose", "report", "convert"]
-COMMANDS += ["train", "evaluate", "sweep", "status", "show"]
+COMMANDS += ["train", "evaluate", "sweep", "status", "show", "descend", "figures"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,6 +39,7 @@ def test_help_teaches_with_an_example(shell, command):
         (["reproduce", "--quick", "seed=3"], "seed cannot be set here"),
         (["tune", "word_problems", "train_on=docstrings"], "train_on cannot be set here: the search decides it"),
         (["report", "--out", "nowhere"], "nowhere holds no manifest.json"),
+        (["figures", "--results", "nowhere"], "nowhere is no folder of saved results"),
         (["convert", "nowhere", "there", "--to", "diablo"], "no such file or folder: nowhere"),
         (["convert", ".", "there", "--to", "lora"], "--to lora needs --rank, and nothing else takes it"),
         (["convert", ".", "there", "--to", "chkpt", "--rank", "3"], "--to lora needs --rank, and nothing else takes"),
@@ -59,7 +60,7 @@ def test_verify_prints_verdicts_and_writes_them(shell, tmp_path):
     assert status == 0
     assert "control" in out
     assert pd.read_csv(tmp_path / "here" / "verdicts.csv")["passed"].all()
-    assert {path.suffix for path in (tmp_path / "here").iterdir()} == {".csv", ".pdf", ".png"}
+    assert {path.suffix for path in (tmp_path / "here").iterdir()} == {".csv", ".pdf", ".svg", ".png"}
 
 
 def test_a_failing_verdict_is_a_failing_exit(shell, monkeypatch):
@@ -213,7 +214,7 @@ def test_diagnose_prints_layers_and_writes_them(shell, tmp_path, small_diagnosis
     assert status == 0
     assert "0.q_proj" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
-        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.png"),
+        *("layers.csv", "captures.csv", "statistics.safetensors", "captures.pdf", "captures.svg", "captures.png"),
         *("diagnose.json", "statistics.json"),
     }
     assert len(pd.read_csv(tmp_path / "here/layers.csv")) == 5
@@ -396,3 +397,15 @@ def test_convert_refuses_what_it_cannot_read_and_needs_no_tokenizer(shell, tmp_p
     saved_from = get_peft_model(AutoModelForCausalLM.from_pretrained("bare"), DiaBloConfig(num_blocks=5))
     saved_from.save_pretrained("mine")
     assert shell("convert", "mine", "there.chkpt", "--to", "chkpt")[0] == 0
+
+
+def test_descend_and_figures_go_together(shell, tmp_path):
+    status, out, _ = shell("descend", "--iterations", "12", "--out", "saved/descent")
+    assert status == 0
+    made = json.loads((tmp_path / "saved/descent/provenance.json").read_text())
+    assert (made["seed"], made["iterations"]) == (0, 12)
+    status, out, _ = shell("figures", "--results", "saved", "--out", "drawn")
+    assert status == 0
+    assert {path.stem for path in (tmp_path / "drawn").iterdir()} == {"method", "convergence"}
+    assert "wrote drawn/convergence.svg" in out
+    assert "skipped certificates: `diablo-theory diagnose --out paper_results/diagnosis` produces" in out

@@ -1,4 +1,4 @@
-"""The theory's commands: verify, map, speed."""
+"""The theory's commands: verify, map, descend, speed."""
 
 from __future__ import annotations
 
@@ -118,6 +118,35 @@ def gap_map(
     write_with(out / "map.csv", lambda path: cells.to_csv(path, index=False))
     console.print(map_table(cells))
     wrote([out / "map.csv", *(path for stem, figure in draw_map(cells) for path in save(figure, out, stem))])
+
+
+@app.command()
+def descend(
+    out: Annotated[Path, typer.Option("--out", help="Folder for descent.csv, provenance.json and the figure.")],
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Where the problems and LoRA's factors come from.")] = 0,
+) -> None:
+    """Follow gradient descent of DiaBlo, LoRA, LoRA with a frozen A and full fine-tuning on two linear problems.
+
+    In one every X_i has the rank of X, which is the theorem's premise, and in the other none has. Each method takes
+    steps of 1/lambda_max of its own; what it approaches and how fast come from closed forms. Takes seconds.
+
+    Example: `diablo-theory descend --out paper_results/descent`
+    """
+    import torch
+
+    from diablo_theory.files import write_json, write_with
+    from diablo_theory.provenance import provenance
+    from diablo_theory.reporting.convergence import convergence
+    from diablo_theory.reporting.style import save
+    from diablo_theory.theory.descent import descents
+
+    require_folder(out)
+    with working("descending"):
+        table = descents(seed, iterations)
+    write_with(out / "descent.csv", partial(table.to_csv, index=False, float_format="%.8g"))
+    write_json(out / "provenance.json", {"seed": seed, "iterations": iterations} | provenance(torch.device("cpu")))
+    wrote([out / "descent.csv", out / "provenance.json", *save(convergence(table), out, "convergence")])
 
 
 @app.command()

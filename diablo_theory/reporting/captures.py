@@ -36,7 +36,7 @@ def capture_figure(captures: pd.DataFrame) -> Figure:
             place = part["layer"].map(layers.index).to_numpy(float)
             face = color if filled else "none"
             axes.plot(part["capture"], place, marker, color=color, markerfacecolor=face, label=label)
-        axes.set_yticks(np.arange(len(layers)), [_short(name) for name in layers], fontsize=7)
+        axes.set_yticks(np.arange(len(layers)), [short_name(name) for name in layers], fontsize=7)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -47,7 +47,7 @@ def capture_figure(captures: pd.DataFrame) -> Figure:
         return figure
 
 
-def _short(layer: str) -> str:
+def short_name(layer: str) -> str:
     """Without what the layers of every Llama-type model have in common."""
     return layer.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
 
@@ -68,7 +68,7 @@ def layer_table(layers: pd.DataFrame) -> Table:
         ]
         holds = "holds" if row["premise_holds"] else "fails"
         sizes = str(row["block_rows"]), str(row["energy_rank"])
-        table.add_row(_short(row["layer"]), *sizes, holds, *captures, f"{row['leak_share']:.2f}")
+        table.add_row(short_name(row["layer"]), *sizes, holds, *captures, f"{row['leak_share']:.2f}")
     table.caption = (
         "rank 99%: directions that hold 99% of the inputs' energy; premise: every X_i has the rank of X; percentages: "
         "captured of what full fine-tuning of the layer captures; leak share: S3's leak over the full gradient"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from diablo_theory.reporting.style import Look
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, Look
+
+#: Behind a panel of what was run here at small scale; behind what was published there is nothing.
+HERE_TINT = "#EEF3F8"
+#: One entry a row of a panel.
+Row: TypeAlias = "Sequence[Any] | pd.Series[Any] | npt.NDArray[Any]"
+_LIGHTER = {DIABLO_BLUE: DIABLO_BLUE, GREY: "#8C8C8C"}
 
 
 def plain_ticks(axis: Axis, subs: tuple[float, ...]) -> None:
@@ -42,3 +54,56 @@ def dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec
     axes.set_yticks(range(len(table)), table["label"])
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+
+
+def accents(methods: Row) -> list[str]:
+    """DiaBlo's colour for DiaBlo and grey for all others, where rows are named beside the bars."""
+    return [DIABLO_BLUE if method == "diablo" else GREY for method in methods]
+
+
+def published_bars(axes: Axes, values: Row, methods: Row, names: Row, spec: str) -> None:
+    """Hollow, hatched bars from zero, one a row, each with its value: numbers that others have published."""
+    colors = accents(methods)
+    bars = axes.barh(range(len(values)), values, height=0.66, facecolor="white", edgecolor=colors, hatch="/////")
+    for bar, color in zip(bars, colors, strict=True):
+        bar.set_hatchcolor(color)
+    _rows(axes, values, values, names, spec)
+
+
+def own_bars(axes: Axes, table: pd.DataFrame, name: str, methods: Row, names: Row, spec: str) -> None:
+    """Filled bars from zero on a tinted ground, one a row: numbers that were measured here, with 95% intervals.
+
+    Args:
+        axes: The panel.
+        table: Column ``name`` and, where there are intervals, ``name_low`` and ``name_high``.
+        name: Of the quantity.
+        methods: Of each row, for its colour.
+        names: Of each row, as the axis shows them.
+        spec: How a value is written.
+    """
+    values = table[name].to_numpy(float)
+    low, high = (table.get(f"{name}{end}", table[name]).to_numpy(float) for end in ("_low", "_high"))
+    axes.set_facecolor(HERE_TINT)
+    axes.barh(range(len(values)), values, height=0.66, color=[_LIGHTER[color] for color in accents(methods)])
+    ends = np.nan_to_num(np.maximum([values - low, high - values], 0))
+    has = ends.max(axis=0) > 0
+    places = np.arange(len(values))
+    axes.errorbar(values[has], places[has], xerr=ends[:, has], fmt="none", color="black", capsize=2.5, linewidth=1.1)
+    _rows(axes, values, np.fmax(values, high), names, spec)
+
+
+def _rows(axes: Axes, values: Row, ends: Row, names: Row, spec: str) -> None:
+    behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1}
+    placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
+    for place, (value, end) in enumerate(zip(values, ends, strict=True)):
+        axes.annotate(spec.format(value), (end, place), (5, 0), **placed)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_xlim(0, 1.22 * max(ends))
+    axes.grid(visible=False, axis="y")
+
+
+def foot(figure: Figure, *sentences: str) -> None:
+    """What a reader must know of the numbers, below the panels; empty sentences are left out."""
+    text = textwrap.fill(" ".join(part for part in sentences if part), 126)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=GREY)

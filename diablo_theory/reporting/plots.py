@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 
 from diablo_theory.reporting.drawing import dots, line, plain_ticks
 from diablo_theory.reporting.maps import theory_map
+from diablo_theory.reporting.plans import Plan, save_plans
 from diablo_theory.reporting.results import ResultsData, by_method
-from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, save, styled
+from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
 from diablo_theory.reporting.tables import Tables, task_name
 from diablo_theory.reporting.verdicts import verdict_margins
 
 REPRODUCE = "nothing saved for it yet; `diablo-theory reproduce` produces it"
+THEORY = "Random problems of this project's own, up to 128 x 64; no language model"
 TUNE = "no learning-rate search saved in this folder; `diablo-theory tune TASK --out FOLDER` produces it"
 
 
@@ -37,34 +39,37 @@ def save_figures(data: ResultsData, tables: Tables, folder: Path) -> tuple[list[
     Args:
         data: What :func:`diablo_theory.reporting.results.collect` read.
         tables: What :func:`diablo_theory.reporting.tables.build` made of it.
-        folder: Where the PDF and PNG files go.
+        folder: Where the files go.
 
     Returns:
         The files written, and the reason for each figure that was skipped. A skipped figure's old files are removed.
     """
+    return save_plans(plans(data, tables), folder)
+
+
+def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:
+    """The figures of a results folder by stem, whether or not the data allow them."""
     note = scale_note(data)
     trained = data.runs[data.runs["run_id"].isin(list(data.logs)) & (data.runs["method"] != "none")]
-    plans: dict[str, tuple[bool, Callable[[], Figure], str]] = {
-        "verdicts": (not data.verdicts.empty, lambda: styled(verdict_margins)(data.verdicts), REPRODUCE),
-        "theory_map": (not data.gap_map.empty, lambda: styled(theory_map)(data.gap_map), REPRODUCE),
-        "training": (not trained.empty, lambda: training(trained, data.logs, note), REPRODUCE),
-        "results": (not tables.results.empty, lambda: results(tables.results, note), REPRODUCE),
-        "cost": (not tables.costs.empty, lambda: cost(tables.costs, note), REPRODUCE),
-        "learning_rates": (
-            not tables.learning_rates.empty,
-            lambda: learning_rates(tables.learning_rates, note),
-            TUNE,
+    return {
+        "verdicts": Plan(
+            lambda: _noted(styled(verdict_margins)(data.verdicts), THEORY), REPRODUCE, not data.verdicts.empty
+        ),
+        "theory_map": Plan(
+            lambda: _noted(styled(theory_map)(data.gap_map), THEORY), REPRODUCE, not data.gap_map.empty
+        ),
+        "training": Plan(lambda: training(trained, data.logs, note), REPRODUCE, not trained.empty),
+        "results": Plan(lambda: results(tables.results, note), REPRODUCE, not tables.results.empty),
+        "cost": Plan(lambda: cost(tables.costs, note), REPRODUCE, not tables.costs.empty),
+        "learning_rates": Plan(
+            lambda: learning_rates(tables.learning_rates, note), TUNE, not tables.learning_rates.empty
         ),
     }
-    written, skipped = [], {}
-    for stem, (available, draw, why) in plans.items():
-        if available:
-            written += save(draw(), folder, stem)
-        else:
-            skipped[stem] = why
-            for suffix in (".pdf", ".png"):
-                (folder / f"{stem}{suffix}").unlink(missing_ok=True)
-    return written, skipped
+
+
+def _noted(figure: Figure, note: str) -> Figure:
+    figure.supxlabel(note, fontsize=8, color=GREY)
+    return figure
 
 
 @styled

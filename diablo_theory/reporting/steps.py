@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.intervals import time_ratio
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, styled
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, WIDTH, styled
 
 PHASES = ("forward", "backward", "optimizer")
 TIMES = ("workload", "num_blocks", "round", "method", "phase", "seconds")
@@ -219,7 +218,8 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
     """
     counts = sorted(summary["num_blocks"].unique())
     height = 1.0 + 0.24 * len(summary)
-    figure, panels = plt.subplots(len(counts), 2, figsize=(7.0, height), squeeze=False, sharex="col")
+    figure = Figure(figsize=(WIDTH, height))
+    panels = figure.subplots(len(counts), 2, squeeze=False, sharex="col")
     for (left, right), count in zip(panels, counts, strict=True):
         part = summary[summary["num_blocks"] == count].sort_values("over_floor", ascending=False)
         places = range(len(part))
@@ -249,5 +249,5 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
     panels[-1, 0].set_xlim(0.98, max(1.01, min(SLOWEST, 1.06 * summary["over_floor"].max())))
     panels[-1, 0].set_xlabel("whole step, ratio to the floor")
     panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
-    figure.suptitle(str(summary["workload"].iloc[0]), x=0.02, ha="left", fontsize=9)
+    figure.suptitle(f"Small scale, measured here: {summary['workload'].iloc[0]}", x=0.02, ha="left", fontsize=9)
     return figure

@@ -44,7 +44,12 @@ RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "diablo-theory",
 }
-
+#: The kinds of files of every figure, each with what would tell the day or the version of its writer.
+UNDATED: dict[str, dict[str, Any]] = {
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".png": {"Software": None},
+}
 
 P = ParamSpec("P")
 
@@ -102,7 +107,7 @@ def looks(pairs: Sequence[tuple[str, str]]) -> dict[str, Look]:
 
 
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """Write a figure as PDF and PNG, whole or not at all, with the same bytes for the same data.
+    """Write a figure as PDF, SVG and PNG, whole or not at all, with the same bytes for the same data.
 
     Args:
         figure: The figure.
@@ -110,15 +115,11 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
         stem: File name without its suffix.
 
     Returns:
-        The two files.
+        The three files, in the order of :data:`UNDATED`.
     """
-    undated: dict[str, dict[str, Any]] = {
-        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-        ".png": {"Software": None},
-    }
     written = []
     with mpl.rc_context(RC):
-        for suffix, metadata in undated.items():
+        for suffix, metadata in UNDATED.items():
             path = folder / f"{stem}{suffix}"
             drawn = io.BytesIO()  # matplotlib's own writing hides a full disk behind an error of its clean-up
             figure.savefig(drawn, format=suffix[1:], metadata=metadata)

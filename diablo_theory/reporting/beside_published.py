@@ -1,0 +1,92 @@
+"""Published numbers beside what was run here at small scale: quantised bases, and sparsity patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diablo_theory.reporting.drawing import foot, own_bars, published_bars
+from diablo_theory.reporting.published_bars import averages, origins
+from diablo_theory.reporting.style import WIDTH, styled
+from diablo_theory.reporting.tables import task_name
+
+SMALL = (
+    "Filled, on a tinted ground: run here, small scale, SmolLM2-135M, with 95% intervals; not comparable in height."
+)
+
+
+@styled
+def quantised(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure:
+    """The paper's averages on bases of 4 and 2 bits, and what quantised bases gave here.
+
+    Args:
+        rows: From :func:`~.published.read_published`.
+        sections: From :func:`~.suite_tables.build_sections`; without ``bases`` the published numbers stand alone.
+    """
+    shown = averages(rows, "quantised")
+    own = sections.get("bases")
+    height = 1.5 + 0.25 * len(shown) + (0.55 + 0.25 * len(own) if own is not None else 0)
+    figure = Figure(figsize=(WIDTH, height))
+    counts = [int((shown["bits"] == bits).sum()) for bits in ("4", "2")]
+    below = [] if own is None else [len(own)]
+    panels = figure.subplots(
+        len(counts + below), 1, squeeze=False, gridspec_kw={"height_ratios": counts + below}
+    ).ravel()
+    for axes, bits in zip(panels, ("4", "2"), strict=False):
+        same = shown[shown["bits"] == bits]
+        published_bars(axes, same["value"], same["method"], same["name"], "{:.1f}")
+        axes.set(title=f"{same['model'].iloc[0]}, {bits} bits: published", xlim=(0, 66))
+    panels[1].set_xlabel("average after math_10k, %")
+    if own is not None:
+        _own(panels[2], own)
+    small = "" if own is None else SMALL
+    foot(figure, origins(shown), small, "Beside names: trainable parameters as quoted.")
+    return figure
+
+
+@styled
+def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure:
+    """The paper's accuracies and training times of sparsity patterns, and what the patterns gave here.
+
+    Args:
+        rows: From :func:`~.published.read_published`.
+        sections: From :func:`~.suite_tables.build_sections`; without ``patterns`` the published numbers stand alone.
+    """
+    shown = rows[rows["suite"] == "patterns"]
+    own = sections.get("patterns")
+    count = shown["method"].nunique()
+    ratios = [count] if own is None else [count, len(own)]
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.27 * count + (0.55 + 0.25 * len(own) if own is not None else 0)))
+    grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios)
+    measures = {"exact_match": ("GSM8K, %", "{:.2f}"), "minutes": ("minutes of training", "{:.2f}")}
+    for place, (metric, (label, spec)) in enumerate(measures.items()):
+        axes = figure.add_subplot(grid[0, place])
+        same = shown[shown["metric"] == metric]
+        published_bars(axes, same["value"], same["method"], same["setting"].str.partition(",")[0], spec)
+        axes.set(xlabel=label)
+        if place:
+            axes.set_yticklabels([])
+        else:
+            axes.set_title(f"{shown['model'].iloc[0]}, 1/64 of the entries: published")
+    if own is not None:
+        _own(figure.add_subplot(grid[1, :]), own)
+    small = "" if own is None else SMALL
+    foot(figure, origins(shown), small, "Hardware of the published minutes: not stated.")
+    return figure
+
+
+def _own(axes: Axes, section: pd.DataFrame) -> None:
+    table = section.dropna(subset=["exact_match"]).reset_index(drop=True)
+    names = list(table["label"])
+    tasks, bases = set(table["task"]), set(table["base"])
+    if len(bases) > 1:
+        names = [f"{name}; {base}" for name, base in zip(names, table["base"], strict=True)]
+    if len(tasks) > 1:
+        names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
+    own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
+    what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
+    axes.set(title=f"{what}, small scale (SmolLM2-135M): run here", xlabel="exact match, %", xlim=(0, 118))
+    axes.set_xticks(range(0, 101, 20))

@@ -1,0 +1,84 @@
+"""S3's certificate on the layers of a real model: the two terms that bound the full gradient, beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.captures import short_name
+from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, WIDTH, styled
+
+COLUMNS = (
+    "layer",
+    "num_blocks",
+    "tokens",
+    "premise_holds",
+    "grad_full",
+    "grad_blocks",
+    "amplification",
+    "leak",
+    "bound",
+)
+
+
+def read_layers(file: Path, columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
+    """A table that ``diablo-theory diagnose --out`` wrote.
+
+    Args:
+        file: ``layers.csv`` or ``captures.csv``.
+        columns: What it must have.
+
+    Raises:
+        ResultsError: If it cannot be read, is empty or lacks a column.
+    """
+    try:
+        table = pd.read_csv(file)
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"{file} cannot be read ({error}); `diablo-theory diagnose` writes it") from error
+    missing = [name for name in columns if name not in table]
+    if missing or table.empty:
+        why = f"lacks the column(s) {', '.join(missing)}" if missing else "has no rows"
+        raise ResultsError(f"{file} {why}; `diablo-theory diagnose` writes it")
+    return table
+
+
+@styled
+def certificates(layers: pd.DataFrame) -> Figure:
+    """Of each layer: amplification times the blocks' gradient, leak, and their sum, in units of the full gradient.
+
+    Args:
+        layers: Columns :data:`COLUMNS`, from :func:`read_layers`.
+    """
+    shown = layers[layers["grad_full"] > 0].reset_index(drop=True)
+    unit, place = shown["grad_full"], np.arange(len(shown))
+    figure = Figure(figsize=(WIDTH, 1.7 + 0.2 * len(shown)))
+    axes = figure.subplots()
+    bound = shown["bound"] / unit
+    axes.hlines(place, np.minimum(bound, 1), np.maximum(bound, 1), color=GREY, linewidth=0.8, zorder=1)
+    terms = {
+        "amplification x blocks' gradient": (shown["amplification"] * shown["grad_blocks"], DIABLO_BLUE, "o"),
+        "leak": (shown["leak"], LORA_VERMILLION, "^"),
+    }
+    for label, (values, color, marker) in terms.items():
+        seen = values > 0
+        axes.plot((values / unit)[seen], place[seen], marker, color=color, label=label)
+    axes.plot(bound, place, "|", color="black", markersize=10, markeredgewidth=2, label="their sum, the bound")
+    axes.axvline(1, color="black", linewidth=0.9, linestyle="--", label="the full gradient")
+    names = [short_name(name) + ("" if holds else " *") for name, holds in zip(
+        shown["layer"], shown["premise_holds"].astype(bool), strict=True)]  # fmt: skip
+    axes.set_yticks(place, names, fontsize=8)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xscale("log")
+    plain_ticks(axes.xaxis, (1.0,))
+    axes.set_xlabel("in units of the layer's full gradient")
+    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
+    tokens, count = int(shown["tokens"].max()), int(shown["num_blocks"].iloc[0])
+    what = f"N = {count}, {tokens:,} tokens, layers of one model; small scale."
+    star = "*: the premise (every X_i has the rank of X) fails, so that a leak remains."
+    foot(figure, "S3: the full gradient is at most the bound.", what, star)
+    return figure

@@ -1,0 +1,105 @@
+"""Gradient descent on linear problems within the theorem's premise and beyond it: how far, and how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.style import WIDTH, Look, looks, styled
+
+COLUMNS = ("premise", "rank", "method", "parameters", "step", "iteration", "excess", "floor", "left", "factor")
+_NAMES = {"full": "Full", "diablo": "DiaBlo", "lora": "LoRA", "lora-frozen-a": "LoRA, frozen A"}
+_TITLES = {"holds": "Premise holds", "fails": "Premise fails"}
+_LEAST = 1e-13  # of the first excess: below it differences are rounding
+
+
+def read_descent(folder: Path) -> pd.DataFrame:
+    """What ``diablo-theory descend`` wrote.
+
+    Raises:
+        ResultsError: If the file cannot be read or lacks a column.
+    """
+    file = folder / "descent.csv"
+    try:
+        table = pd.read_csv(file)
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"{file} cannot be read ({error}); `diablo-theory descend` writes it") from error
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}; `diablo-theory descend` writes it")
+    return table
+
+
+@styled
+def convergence(table: pd.DataFrame) -> Figure:
+    """Excess loss over steps above, with what each method can reach; below, how the rest shrinks, and as predicted.
+
+    Args:
+        table: Columns :data:`COLUMNS`.
+    """
+    premises = [name for name in _TITLES if name in set(table["premise"])]
+    figure = Figure(figsize=(WIDTH, 5.2))
+    panels = figure.subplots(2, len(premises), squeeze=False, sharey="row")
+    pairs = [(method, "lora" if method.startswith("lora") else method) for method in _NAMES]
+    look = looks(pairs)
+    for (above, below), premise in zip(panels.T, premises, strict=True):
+        same = table[table["premise"] == premise]
+        for method, run in same.groupby("method", sort=False):
+            _excess(above, run, look[str(method)])
+            _approach(below, run, look[str(method)])
+        rank = int(same["rank"].iloc[0])
+        above.set(title=f"{_TITLES[premise]}: rank of X is {rank}", xscale="log", ylim=(-0.03, 1.03))
+        plain_ticks(above.xaxis, (1.0,))
+        below.set(xlabel="step of gradient descent", yscale="log", ylim=(_LEAST, 3), xlim=(0, _until(same)))
+        above.set_xlabel("step of gradient descent")
+    panels[0, 0].set_ylabel("excess over the best loss,\nrelative to no update")
+    panels[1, 0].set_ylabel("excess over what the\nmethod can reach")
+    handles = [Line2D([], [], label=words, **_style(look[name])) for name, words in _NAMES.items()]
+    handles.append(Line2D([], [], color="black", linewidth=0.9, label="predicted"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=5, handlelength=3)
+    foot(
+        figure,
+        "Computed here: random linear problems, 32 x 32, N = 4, so that an X_i has rank 8 at most; equal numbers of "
+        "parameters (but full); steps of 1/lambda_max of each method. Thin, black: predicted. Above, the least excess "
+        "by closed forms; below, beside each curve, the slope by the smallest curvature (LoRA's: where it ended).",
+    )
+    return figure
+
+
+def _excess(axes: Axes, run: pd.DataFrame, look: Look) -> None:
+    shown = run[run["iteration"] > 0]
+    _line(axes, shown["iteration"], shown["excess"], look)
+    floor = float(run["floor"].iloc[0])
+    axes.axhline(floor, color="black", linewidth=0.9, zorder=1)
+
+
+def _approach(axes: Axes, run: pd.DataFrame, look: Look) -> None:
+    """The distance that is left, and the predicted slope through a point of its tail."""
+    left = run[(run["left"] < _LEAST).cumsum() == 0]
+    _line(axes, left["iteration"], left["left"], look)
+    last = left.iloc[-1]
+    steps = np.array([0.65 * last["iteration"], last["iteration"]])
+    slope = last["left"] * run["factor"].iloc[0] ** (steps - last["iteration"])
+    axes.plot(steps, slope * 1.8, color="black", linewidth=0.9)  # beside the curve, so that both are seen
+
+
+def _until(table: pd.DataFrame) -> float:
+    left = table[(table["left"] > _LEAST) & (table["method"] != "full")]
+    # What follows a first value below the least one is rounding.
+    ends = left.groupby("method")["iteration"].max()
+    return float(ends.max())
+
+
+def _line(axes: Axes, steps: pd.Series, values: pd.Series, look: Look) -> None:
+    axes.plot(steps, values, markevery=max(1, len(values) // 6), **_style(look))
+
+
+def _style(look: Look) -> dict[str, Any]:
+    return {"color": look.color, "linestyle": look.line, "marker": look.marker, "markersize": 4.5}

@@ -1,0 +1,179 @@
+"""Every figure of the saved results: what it reads, how it is drawn, and which command makes what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting import beside_published, plots, published_bars
+from diablo_theory.reporting.captures import capture_figure
+from diablo_theory.reporting.certificates import certificates, read_layers
+from diablo_theory.reporting.convergence import convergence, read_descent
+from diablo_theory.reporting.gradient_norms import gradient_norms
+from diablo_theory.reporting.method_diagram import method_diagram
+from diablo_theory.reporting.parameters import read_counts
+from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
+from diablo_theory.reporting.published import read_published
+from diablo_theory.reporting.published_parameters import parameters
+from diablo_theory.reporting.results import ResultsData, collect
+from diablo_theory.reporting.steps import draw_steps, read_steps, summarise
+from diablo_theory.reporting.suite_plots import TITLES, methods, settings
+from diablo_theory.reporting.suite_tables import build_sections
+from diablo_theory.reporting.suites import ROWS, Suites, read_suites
+from diablo_theory.reporting.tables import build
+from diablo_theory.reporting.time_memory import time_memory
+
+SMALL = "Small scale: SmolLM2-135M on two CPU cores; not comparable to the paper's 7B numbers."
+_COLLECT = (
+    "`diablo-theory sweep experiments/sweeps/small_scale.yaml --out results/small_scale` and "
+    "`diablo-theory collect results/small_scale --out paper_results/reproduced/suites` produce"
+)
+_DIAGNOSE = "`diablo-theory diagnose --out paper_results/diagnosis` produces"
+_BENCH = "`diablo-theory bench --out paper_results/steps` produces"
+_TRANSCRIBED = "transcribed by hand and kept in the repository, which has"
+_PUBLISHED, _COUNTS, _STEPS = "published", "counts.csv", "steps/contenders.csv"
+_SUITES = f"reproduced/suites/{ROWS}"
+
+
+class Saved:
+    """Saved results below a folder laid out as ``paper_results``, each read once, when a figure first asks for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def published(self) -> pd.DataFrame:
+        """Published numbers."""
+        return read_published(self.root / _PUBLISHED)
+
+    @cached_property
+    def counts(self) -> pd.DataFrame:
+        """Quoted numbers of parameters beside true ones."""
+        return read_counts(self.root / _COUNTS)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """Training steps, a row for each N and method."""
+        return summarise(*read_steps(self.root / "steps"))
+
+    @cached_property
+    def suites(self) -> Suites:
+        """Collected runs."""
+        return read_suites((self.root / _SUITES).parent)
+
+    @cached_property
+    def sections(self) -> dict[str, pd.DataFrame]:
+        """What the tables of collected runs hold; nothing while none are collected."""
+        return build_sections(self.suites) if (self.root / _SUITES).is_file() else {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure that is always known, whether or not its data are there.
+
+    Attributes:
+        draw: From saved results.
+        reads: What must be there, below the root.
+        made_by: Which command produces it, up to the verb.
+    """
+
+    draw: Callable[[Saved], Figure]
+    reads: tuple[str, ...] = ()
+    made_by: str = ""
+
+
+#: All but the figures of a reproduction's folder, which :func:`~.plots.plans` knows, by stem.
+ENTRIES = {
+    "method": Entry(lambda _: method_diagram()),
+    "published_commonsense": Entry(
+        lambda saved: published_bars.commonsense(saved.published), (_PUBLISHED,), _TRANSCRIBED
+    ),
+    "published_arithmetic": Entry(
+        lambda saved: published_bars.arithmetic(saved.published), (_PUBLISHED,), _TRANSCRIBED
+    ),
+    "published_quantised": Entry(
+        lambda saved: beside_published.quantised(saved.published, saved.sections), (_PUBLISHED,), _TRANSCRIBED
+    ),
+    "published_patterns": Entry(
+        lambda saved: beside_published.patterns(saved.published, saved.sections), (_PUBLISHED,), _TRANSCRIBED
+    ),
+    "published_parameters": Entry(
+        lambda saved: parameters(saved.published, saved.counts),
+        (_PUBLISHED, _COUNTS),
+        "`diablo-theory count --out paper_results` produces",
+    ),
+    "time_memory": Entry(lambda saved: time_memory(saved.published, saved.steps), (_PUBLISHED, _STEPS), _BENCH),
+    "steps": Entry(lambda saved: draw_steps(saved.steps), (_STEPS,), _BENCH),
+    "convergence": Entry(
+        lambda saved: convergence(read_descent(saved.root / "descent")),
+        ("descent/descent.csv",),
+        "`diablo-theory descend --out paper_results/descent` produces",
+    ),
+    "certificates": Entry(
+        lambda saved: certificates(read_layers(saved.root / "diagnosis" / "layers.csv")),
+        ("diagnosis/layers.csv",),
+        _DIAGNOSE,
+    ),
+    "captures": Entry(
+        lambda saved: capture_figure(
+            read_layers(saved.root / "diagnosis" / "captures.csv", ("layer", "method", "start", "capture"))
+        ),
+        ("diagnosis/captures.csv",),
+        _DIAGNOSE,
+    ),
+    "suites_methods": Entry(lambda saved: methods(_some(saved, ("methods",))["methods"], SMALL), (_SUITES,), _COLLECT),
+    "suites_settings": Entry(lambda saved: settings(_some(saved, TITLES), SMALL), (_SUITES,), _COLLECT),
+    "gradient_norms": Entry(lambda saved: gradient_norms(saved.suites, SMALL), (_SUITES,), _COLLECT),
+}
+
+
+def plans(root: Path) -> dict[str, Plan]:
+    """All figures by stem, those whose data are missing included.
+
+    Args:
+        root: A folder laid out as ``paper_results``.
+
+    Raises:
+        ResultsError: If the root is no folder, or its reproduction is damaged.
+    """
+    if not root.is_dir():
+        raise ResultsError(f"{root} is no folder of saved results, such as paper_results")
+    reproduced, saved = root / "reproduced", Saved(root)
+    there = (reproduced / "manifest.json").is_file()
+    data = collect(reproduced) if there else ResultsData(path=reproduced, manifest={})
+    found = plots.plans(data, build(data))
+    for stem, entry in ENTRIES.items():
+        missing = [name for name in entry.reads if not (root / name).exists()]
+        why_not = f"{entry.made_by} {' and '.join(str(root / name) for name in missing)}"
+        found[stem] = Plan(partial(entry.draw, saved), why_not, not missing)
+    return found
+
+
+def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
+    """Draw every figure whose data are there; nothing is trained or solved.
+
+    Args:
+        root: A folder laid out as ``paper_results``.
+        out: Where the files go.
+
+    Returns:
+        The files written, and for each figure that was skipped which command produces what it reads.
+
+    Raises:
+        ResultsError: If saved results are damaged; it names the file.
+    """
+    return save_plans(plans(root), out)
+
+
+def _some(saved: Saved, names: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """Those of the sections that collected runs have; at least one."""
+    found = {name: saved.sections[name] for name in names if name in saved.sections}
+    if not found:
+        raise NothingToDrawError(f"no collected run is of {' or '.join(names)}; {_COLLECT} some")
+    return found

@@ -1,0 +1,153 @@
+"""Bars of published averages, hollow and hatched: nothing of them was reproduced here; contradictions are marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diablo_theory.reporting.drawing import accents, foot, published_bars
+from diablo_theory.reporting.published import AVERAGE, conflicts
+from diablo_theory.reporting.style import WIDTH, styled
+
+#: Sources of other numbers, by the end of their file's name.
+_SOURCES = {
+    "sketchtune": "SketchTune",
+    "dora": "DoRA",
+    "dora-early": "DoRA (early)",
+    "smt": "SMT",
+    "milora": "MiLoRA",
+    "llm-adapters": "LLM-Adapters",
+    "diablo": "paper's table",
+    "diablo-bars": "the authors' chart",
+}
+_CHART = " (from a chart)"
+
+
+@styled
+def commonsense(rows: pd.DataFrame) -> Figure:
+    """Averages over the commonsense sets by model and method: from zero, and enlarged with what contradicts them.
+
+    Args:
+        rows: From :func:`~.published.read_published`.
+    """
+    shown = averages(rows, "commonsense")
+    shown["others"] = pd.Series(contradictions(shown, rows), index=shown.index)
+    models = list(dict.fromkeys(shown["model"]))
+    counts = [int((shown["model"] == model).sum()) for model in models]
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.235 * sum(counts) + 0.2 * len(counts)))
+    ratios: dict[str, Any] = {"height_ratios": counts, "width_ratios": [1, 1.35]}
+    panels = figure.subplots(len(models), 2, squeeze=False, sharex="col", gridspec_kw=ratios)
+    for (left, right), model in zip(panels, models, strict=True):
+        same = shown[shown["model"] == model].reset_index(drop=True)
+        published_bars(left, same["value"], same["method"], same["name"], "{:.1f}")
+        left.set_title(model)
+        _enlarged(right, same)
+    left.set(xlabel="average, %", xlim=(0, 118))
+    left.set_xticks(range(0, 101, 25))
+    right.set(xlabel="the same, enlarged; ◇: another source says", xlim=(72.5, 97))
+    right.set_xticks(range(75, 96, 5))
+    foot(figure, "Commonsense, eight sets.", origins(shown), "Beside names: trainable share as quoted.")
+    return figure
+
+
+@styled
+def arithmetic(rows: pd.DataFrame) -> Figure:
+    """GSM8K, MATH and their average after MetaMathQA by method.
+
+    Args:
+        rows: From :func:`~.published.read_published`.
+    """
+    parts = [averages(rows, "arithmetic", table) for table in ("gsm8k", "math", AVERAGE)]
+    figure = Figure(figsize=(WIDTH, 1.35 + 0.26 * len(parts[0])))
+    for axes, table in zip(figure.subplots(1, 3), parts, strict=True):
+        published_bars(axes, table["value"], table["method"], table["name"], "{:.1f}")
+        which = str(table["table"].iloc[0])
+        axes.set(title="Average" if which == AVERAGE else which.upper(), xlabel="right answers, %")
+        if axes is not figure.axes[0]:
+            axes.set_yticklabels([])
+    model = parts[0]["model"].iloc[0]
+    sources = origins(pd.concat(parts))
+    foot(figure, f"{model} after MetaMathQA.", sources, "Beside names: trainable share as quoted.")
+    return figure
+
+
+def averages(rows: pd.DataFrame, suite: str, table: str = AVERAGE) -> pd.DataFrame:
+    """What the paper says of each model and method; methods that only its authors' charts show are read off there.
+
+    Args:
+        rows: From :func:`~.published.read_published`.
+        suite: Such as "commonsense".
+        table: Which column of the paper's table.
+
+    Returns:
+        The rows of the schema with ``name``: setting and quoted share. DiaBlo is last within a model.
+    """
+    own = rows[(rows["suite"] == suite) & (rows["table"] == table) & (rows["metric"] == "exact_match")]
+    own = own[own["file"].isin([f"{suite}_diablo", f"{suite}_diablo-bars"])].sort_values("file", kind="stable")
+    own = own.assign(bits=own["setting"].str.extract(r"^(\d) bits", expand=False).fillna(""))
+    own = own.drop_duplicates(["model", "bits", "method"]).copy()
+    own["name"] = [_name(row) for row in own.to_dict("records")]
+    models = {model: place for place, model in enumerate(dict.fromkeys(own["model"]))}
+    order = pd.DataFrame({"model": own["model"].map(models), "bits": own["bits"], "last": own["method"] == "diablo"})
+    return own.loc[order.sort_values(["model", "bits", "last"], ascending=[True, False, True], kind="stable").index]
+
+
+def contradictions(shown: pd.DataFrame, rows: pd.DataFrame) -> list[list[tuple[float, str]]]:
+    """For each of the averages what other sources say instead: pairs of a value and who says so.
+
+    Args:
+        shown: From :func:`averages`.
+        rows: From :func:`~.published.read_published`.
+    """
+    key = ["suite", "model", "method"]
+    found = conflicts(rows.merge(shown[key].drop_duplicates(), on=key)).to_dict("records")
+    return [_others(row, found) for row in shown.to_dict("records")]
+
+
+def _name(row: Mapping[Any, Any]) -> str:
+    setting = str(row["setting"]).partition(" bits, ")[2] or str(row["setting"])
+    if row["certainty"] == "measured":
+        return setting + _CHART
+    if pd.notna(row["trainable_pct"]):
+        return f"{setting}, {row['trainable_pct']:g}%"
+    return setting if pd.isna(row["trainable_params"]) else f"{setting}, {row['trainable_params'] / 1e6:g} M"
+
+
+def _others(row: Mapping[Any, Any], found: list[dict[Any, Any]]) -> list[tuple[float, str]]:
+    """Values that contradict a row, each with all who say so."""
+    said: dict[float, list[str]] = {}
+    for pair in found:
+        if (pair["model"], pair["method"]) != (row["model"], row["method"]):
+            continue
+        for mine, other in ((1, 2), (2, 1)):
+            if (pair[f"file_{mine}"], pair[f"setting_{mine}"]) == (row["file"], row["setting"]):
+                source = str(pair[f"file_{other}"]).partition("_")[2]
+                said.setdefault(pair[f"average_{other}"], []).append(_SOURCES.get(source, source))
+    return [(value, " and ".join(sources)) for value, sources in said.items()]
+
+
+def _enlarged(axes: Axes, table: pd.DataFrame) -> None:
+    colors = accents(table["method"])
+    for place, (row, color) in enumerate(zip(table.to_dict("records"), colors, strict=True)):
+        axes.plot(row["value"], place, "o", markerfacecolor="white", markeredgecolor=color, markeredgewidth=1.6)
+        for value, source in row["others"]:
+            axes.plot([row["value"], value], [place, place], color="black", linewidth=0.8, linestyle=":", zorder=1)
+            axes.plot(value, place, "D", markerfacecolor="white", markeredgecolor="black", markersize=5)
+            right = max(row["value"], value)
+            words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"◇ {value:.1f}, {source}", (right, place), (7, 0), **words).set_in_layout(False)
+    axes.set_yticks(range(len(table)), [])
+    axes.set_ylim(len(table) - 0.45, -0.55)
+    axes.grid(visible=False, axis="y")
+
+
+def origins(rows: pd.DataFrame) -> str:
+    """Whose numbers these are and how they came here, in a sentence or two."""
+    said = rows[["certainty", "origin"]].drop_duplicates().itertuples(index=False)
+    how = {"quoted": "quoted from", "printed": "printed in", "measured": "read off"}
+    sources = "; ".join(f"{how.get(certainty, certainty)} {origin}" for certainty, origin in said)
+    return f"Hollow, hatched: published, full scale, not reproduced here ({sources})."
