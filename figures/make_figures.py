@@ -10,7 +10,10 @@ import pandas as pd
 
 from diablo_theory.errors import DiabloTheoryError, ResultsError
 from diablo_theory.files import write_text
+from diablo_theory.reporting.claims import readable_claims
+from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.figures import draw_figures
+from diablo_theory.reporting.overview import counted, decided_claims
 from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.speeds import read_speeds, readable_speeds
 from diablo_theory.reporting.steps import aims, read_steps, readable_steps, side_measures, summarise
@@ -57,7 +60,10 @@ def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame, steps: Path, 
             side_measures(steps),
         ],
     }
+    decided = [found for found in decided_claims(Evidence(SAVED, ROOT / "paper_results")) if found.claim.by == "paper"]
+    sections["paper_results/claims.yaml"] = [readable_claims(decided)[["Claim", "Outcome", "Evidence"]]]
     where = {"paper_results/speed": measured_on(speeds), "paper_results/steps": measured_on(contenders)}
+    where["paper_results/claims.yaml"] = counted(decided)
     for name, frames in sections.items():
         body = "\n".join(markdown(frame) for frame in frames)
         readme = with_section(readme, name, body + (f"\n{where[name]}\n" if name in where else ""))
