@@ -399,13 +399,19 @@ def test_convert_refuses_what_it_cannot_read_and_needs_no_tokenizer(shell, tmp_p
     assert shell("convert", "mine", "there.chkpt", "--to", "chkpt")[0] == 0
 
 
-def test_descend_and_figures_go_together(shell, tmp_path):
+def test_what_descend_and_diagnose_write_is_what_figures_draw(shell, tmp_path, small_diagnosis):
     status, out, _ = shell("descend", "--iterations", "12", "--out", "saved/descent")
     assert status == 0
+    assert shell(*small_diagnosis, "--blocks", "6", "--out", "saved/diagnosis")[0] == 0
     made = json.loads((tmp_path / "saved/descent/provenance.json").read_text())
     assert (made["seed"], made["iterations"]) == (0, 12)
     status, out, _ = shell("figures", "--results", "saved", "--out", "drawn")
     assert status == 0
-    assert {path.stem for path in (tmp_path / "drawn").iterdir()} == {"method", "convergence"}
+    assert {path.stem for path in (tmp_path / "drawn").iterdir()} == {
+        "method",
+        "convergence",
+        "certificates",
+        "captures",
+    }
     assert "wrote drawn/convergence.svg" in out
-    assert "skipped certificates: `diablo-theory diagnose --out paper_results/diagnosis` produces" in out
+    assert "skipped steps: `diablo-theory bench --out paper_results/steps` produces" in out

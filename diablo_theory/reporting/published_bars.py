@@ -48,7 +48,7 @@ def commonsense(rows: pd.DataFrame) -> Figure:
         _enlarged(right, same)
     left.set(xlabel="average, %", xlim=(0, 118))
     left.set_xticks(range(0, 101, 25))
-    right.set(xlabel="the same, enlarged; ◇: another source says", xlim=(72.5, 97))
+    right.set(xlabel="the same, enlarged; ◇: another source says", xlim=(72.5, 99.9))
     right.set_xticks(range(75, 96, 5))
     foot(figure, "Commonsense, eight sets.", origins(shown), "Beside names: trainable share as quoted.")
     return figure

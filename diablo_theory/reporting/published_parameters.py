@@ -46,7 +46,8 @@ def parameters(rows: pd.DataFrame, counts: pd.DataFrame) -> Figure:
         Line2D([], [], marker="s", label="as quoted, not counted", **plain),
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
-    foot(figure, origins(placed).replace("Hollow, hatched: p", "All p"))
+    published = origins(placed).replace("Hollow, hatched: published", "Averages and quoted shares: published")
+    foot(figure, published, "Counts on the true shapes: this project's own.")
     return figure
 
 
