@@ -15,6 +15,7 @@ from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.progress import Board
 from diablo_theory.reporting.claims import Claim, decide
 from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.style import save
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "EXTENDING.md").read_text(encoding="utf-8")
@@ -61,3 +62,13 @@ def test_the_claim_is_decided():
     (claim,) = yaml.safe_load(block("A claim", "yaml"))
     found = decide(Claim(**claim), Evidence(ROOT / "paper_results" / "reproduced", ROOT / "paper_results"))
     assert "times MiSS's" in found.answers[0].evidence
+
+
+def test_the_figure_is_drawn_from_what_is_saved(tmp_path):
+    names = {}
+    exec(block("A figure", "python"), names)
+    entry = names["entry"]
+    saved = Evidence(ROOT / "paper_results" / "reproduced", ROOT / "paper_results")
+    assert all((saved.papers / name).exists() for name in entry.reads)
+    files = save(entry.draw(saved), tmp_path, "premise_margins")
+    assert {file.suffix for file in files} == {".pdf", ".svg", ".png"}

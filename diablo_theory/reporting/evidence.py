@@ -10,11 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.certificates import read_layers
 from diablo_theory.reporting.comparisons import differences, experiments, scores
 from diablo_theory.reporting.parameters import read_counts
 from diablo_theory.reporting.published import read_published
 from diablo_theory.reporting.steps import read_steps
-from diablo_theory.reporting.suite_tables import of_tests
+from diablo_theory.reporting.suite_tables import build_sections, of_tests
 from diablo_theory.reporting.suites import Suites, read_suites
 
 #: What a real model's layers say: columns of layers.csv that claims ask for.
@@ -73,6 +74,14 @@ class Evidence:
         return of_tests(read_suites(folder))
 
     @cached_property
+    def sections(self) -> dict[str, pd.DataFrame]:
+        """What the tables of collected runs hold; nothing while none are collected."""
+        try:
+            return build_sections(self.suites)
+        except NotMadeError:
+            return {}
+
+    @cached_property
     def scores(self) -> pd.DataFrame:
         """Every experiment's scores over its seeds, see :func:`~.comparisons.scores`."""
         return scores(self.suites)
@@ -120,13 +129,7 @@ class Evidence:
         """A real model's layers: premises, certificates, captures."""
         file = self.papers / "diagnosis" / "layers.csv"
         _require(file, f"diablo-theory diagnose --out {self._named(file.parent)}")
-        try:
-            layers = pd.read_csv(file)
-        except (ValueError, OSError) as error:
-            raise ResultsError(f"{file} cannot be read ({error})") from error
-        if missing := [name for name in _LAYERS if name not in layers]:
-            raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}; `diablo-theory diagnose` writes it")
-        return layers
+        return read_layers(file, _LAYERS)
 
 
 def _require(path: Path, command: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,17 +15,15 @@ from diablo_theory.reporting import beside_published, plots, published_bars
 from diablo_theory.reporting.captures import capture_figure
 from diablo_theory.reporting.certificates import certificates, read_layers
 from diablo_theory.reporting.convergence import convergence, read_descent
+from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.gradient_norms import gradient_norms
 from diablo_theory.reporting.method_diagram import method_diagram
-from diablo_theory.reporting.parameters import read_counts
 from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
-from diablo_theory.reporting.published import read_published
 from diablo_theory.reporting.published_parameters import parameters
 from diablo_theory.reporting.results import ResultsData, collect
-from diablo_theory.reporting.steps import draw_steps, read_steps, summarise
+from diablo_theory.reporting.steps import draw_steps, summarise
 from diablo_theory.reporting.suite_plots import TITLES, methods, settings
-from diablo_theory.reporting.suite_tables import build_sections
-from diablo_theory.reporting.suites import ROWS, Suites, read_suites
+from diablo_theory.reporting.suites import ROWS
 from diablo_theory.reporting.tables import build
 from diablo_theory.reporting.time_memory import time_memory
 
@@ -41,38 +39,6 @@ _PUBLISHED, _COUNTS, _STEPS = "published", "counts.csv", "steps/contenders.csv"
 _SUITES = f"reproduced/suites/{ROWS}"
 
 
-class Saved:
-    """Saved results below a folder laid out as ``paper_results``, each read once, when a figure first asks for it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    @cached_property
-    def published(self) -> pd.DataFrame:
-        """Published numbers."""
-        return read_published(self.root / _PUBLISHED)
-
-    @cached_property
-    def counts(self) -> pd.DataFrame:
-        """Quoted numbers of parameters beside true ones."""
-        return read_counts(self.root / _COUNTS)
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """Training steps, a row for each N and method."""
-        return summarise(*read_steps(self.root / "steps"))
-
-    @cached_property
-    def suites(self) -> Suites:
-        """Collected runs."""
-        return read_suites((self.root / _SUITES).parent)
-
-    @cached_property
-    def sections(self) -> dict[str, pd.DataFrame]:
-        """What the tables of collected runs hold; nothing while none are collected."""
-        return build_sections(self.suites) if (self.root / _SUITES).is_file() else {}
-
-
 @dataclass(frozen=True)
 class Entry:
     """A figure that is always known, whether or not its data are there.
@@ -83,7 +49,7 @@ class Entry:
         made_by: Which command produces it, up to the verb.
     """
 
-    draw: Callable[[Saved], Figure]
+    draw: Callable[[Evidence], Figure]
     reads: tuple[str, ...] = ()
     made_by: str = ""
 
@@ -108,21 +74,23 @@ ENTRIES = {
         (_PUBLISHED, _COUNTS),
         "`diablo-theory count --out paper_results` produces",
     ),
-    "time_memory": Entry(lambda saved: time_memory(saved.published, saved.steps), (_PUBLISHED, _STEPS), _BENCH),
-    "steps": Entry(lambda saved: draw_steps(saved.steps), (_STEPS,), _BENCH),
+    "time_memory": Entry(
+        lambda saved: time_memory(saved.published, summarise(*saved.steps)), (_PUBLISHED, _STEPS), _BENCH
+    ),
+    "steps": Entry(lambda saved: draw_steps(summarise(*saved.steps)), (_STEPS,), _BENCH),
     "convergence": Entry(
-        lambda saved: convergence(read_descent(saved.root / "descent")),
+        lambda saved: convergence(read_descent(saved.papers / "descent")),
         ("descent/descent.csv",),
         "`diablo-theory descend --out paper_results/descent` produces",
     ),
     "certificates": Entry(
-        lambda saved: certificates(read_layers(saved.root / "diagnosis" / "layers.csv")),
+        lambda saved: certificates(read_layers(saved.papers / "diagnosis" / "layers.csv")),
         ("diagnosis/layers.csv",),
         _DIAGNOSE,
     ),
     "captures": Entry(
         lambda saved: capture_figure(
-            read_layers(saved.root / "diagnosis" / "captures.csv", ("layer", "method", "start", "capture"))
+            read_layers(saved.papers / "diagnosis" / "captures.csv", ("layer", "method", "start", "capture"))
         ),
         ("diagnosis/captures.csv",),
         _DIAGNOSE,
@@ -144,13 +112,14 @@ def plans(root: Path) -> dict[str, Plan]:
     """
     if not root.is_dir():
         raise ResultsError(f"{root} is no folder of saved results, such as paper_results")
-    reproduced, saved = root / "reproduced", Saved(root)
+    reproduced = root / "reproduced"
+    saved = Evidence(reproduced, root)
     there = (reproduced / "manifest.json").is_file()
     data = collect(reproduced) if there else ResultsData(path=reproduced, manifest={})
     found = plots.plans(data, build(data))
     for stem, entry in ENTRIES.items():
         missing = [name for name in entry.reads if not (root / name).exists()]
-        why_not = f"{entry.made_by} {' and '.join(str(root / name) for name in missing)}"
+        why_not = f"{entry.made_by} {' and '.join(f'{root.name}/{name}' for name in missing)}"
         found[stem] = Plan(partial(entry.draw, saved), why_not, not missing)
     return found
 
@@ -171,7 +140,7 @@ def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
     return save_plans(plans(root), out)
 
 
-def _some(saved: Saved, names: Iterable[str]) -> dict[str, pd.DataFrame]:
+def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:
     """Those of the sections that collected runs have; at least one."""
     found = {name: saved.sections[name] for name in names if name in saved.sections}
     if not found:

@@ -18,7 +18,7 @@ from diablo_theory.reporting.parameters import readable_counts
 from diablo_theory.reporting.published import AVERAGE, METHOD_NAMES, OTHER_METRICS, conflicts, odd_averages
 from diablo_theory.reporting.questions import Outcome
 from diablo_theory.reporting.results import validate_rows
-from diablo_theory.reporting.suite_tables import NOTE, build_sections, readable_section, title
+from diablo_theory.reporting.suite_tables import NOTE, readable_section, title
 from diablo_theory.reporting.tables import task_name
 
 #: Suites of the paper: heading, published suites, sections of collected runs that ask the same at small scale.
@@ -126,8 +126,7 @@ def _made(evidence: Evidence, name: str) -> Any:
 
 
 def _suites(evidence: Evidence) -> Iterable[Part]:
-    published, suites = _made(evidence, "published"), _made(evidence, "suites")
-    sections = build_sections(suites) if suites is not None else {}
+    published, sections = _made(evidence, "published"), evidence.sections
     if published is None and not sections:
         return
     tables: list[tuple[str, pd.DataFrame]] = []
