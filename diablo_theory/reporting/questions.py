@@ -117,10 +117,10 @@ class Compared(Question):
         rows = rows[own & (rows["metric"] == self.metric) & (rows["scale"] == self.scale)]
         rows = rows[(rows["experiment"] != rows["reference"]) & (rows["method"] != "none")]
         rows = rows[rows["method"].isin(self.methods)] if self.methods else rows
-        if missing := set(self.methods) - set(rows["method"]):
-            return Answer(
-                Outcome.OPEN, f"no such comparison of {', '.join(sorted(missing))} is collected", self.scale, SUITES
-            )
+        missing = ", ".join(sorted(set(self.methods) - set(rows["method"])))
+        if missing or rows.empty:  # of nothing everything is true
+            text = f"no such comparison{f' with {missing}' if missing else ''} is collected yet"
+            return Answer(Outcome.OPEN, text, f"{self.scale} scale", SUITES, "`diablo-theory sweep`, then `collect`")
         # Better is less, of a loss; of a share, more. What is told is DiaBlo's lead.
         sign = 1.0 if self.metric == "loss_per_token" else -1.0
         ends = np.sort(sign * rows[["low", "high"]].to_numpy(float), axis=1)

@@ -73,8 +73,15 @@ _LOOKS = {  # Okabe and Ito's palette
         Look("#000000", "h", "-", "++"),
     ),
     "lora": (Look(LORA_VERMILLION, "^", "--", "////"), Look("#E69F00", "v", (0, (2, 1)), "----")),
+    "dora": (Look("#CC79A7", "D", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\\\"),),
+    "miss": (Look(GREY, "*", (0, (1, 1)), "oo"),),
+    "lora-fa": (Look("#8C510A", "P", (0, (4, 1, 1, 1)), "**"),),
 }
-_OTHERS = (Look("#CC79A7", "D", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\\\"), Look(GREY, "*", (0, (1, 1)), "oo"))
+_OTHERS = (  # Tol's muted palette, which the same readers tell apart
+    Look("#117733", ">", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\\\"),
+    Look("#882255", "<", (0, (1, 1)), "oo"),
+    Look("#332288", "d", (0, (3, 1)), "OO"),
+)
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -100,9 +107,10 @@ def looks(pairs: Sequence[tuple[str, str]]) -> dict[str, Look]:
     seen: dict[str, int] = {}
     chosen = {}
     for label, method in pairs:
-        family = _LOOKS.get(method, _OTHERS)
-        chosen[label] = family[seen.get(method, 0) % len(family)]
-        seen[method] = seen.get(method, 0) + 1
+        kind = method if method in _LOOKS else ""  # all others share their looks, one after another
+        family = _LOOKS.get(kind, _OTHERS)
+        chosen[label] = family[seen.get(kind, 0) % len(family)]
+        seen[kind] = seen.get(kind, 0) + 1
     return chosen
 
 

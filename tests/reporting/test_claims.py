@@ -119,6 +119,8 @@ def test_one_task_behind_decides_and_a_method_that_was_not_run_leaves_it_open():
     missing = ask({"kind": "compared", "methods": ["lora", "dora"], "margin": 0.02}, differences=rows)
     assert missing.outcome == Outcome.OPEN
     assert "dora" in missing.evidence
+    nothing = ask({"kind": "compared", "suites": ["patterns"], "margin": 0.02}, differences=rows)
+    assert (nothing.outcome, nothing.evidence) == (Outcome.OPEN, "no such comparison is collected yet")
 
 
 def steps(ratio, memory=1.0):
