@@ -51,7 +51,7 @@ def test_the_folder_is_complete(written):
     folder = written.parent
     assert (folder / "rows.csv").exists()
     assert len(list((folder / "tables").iterdir())) == 5 * 4
-    assert len(list((folder / "figures").iterdir())) == 12
+    assert len(list((folder / "figures").iterdir())) == 6 * 3
     text = (folder / "report.md").read_text()
     for target in re.findall(r"\]\((.*?)\)", text):
         assert (folder / target).exists()

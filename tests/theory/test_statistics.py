@@ -210,7 +210,11 @@ def loss(X, R, dW):
 @pytest.mark.parametrize("weakest", [False, True], ids=["generic", "along the weakest direction of X"])
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e4, 1e5])
 def test_every_method_agrees_with_the_direct_computation_within_the_stated_error(condition, weakest):
-    """In units of what full fine-tuning captures: the error over 64 eps cond(X)^2, at most 1."""
+    """In the unit that ``reduce`` states, ||R|| ||P_X R|| (halved, as losses are): the error over 64 eps cond(X)^2.
+
+    What is captured alone is no unit of a minimum, which holds ||R||^2 and its rounding: where little of R is in
+    col X, processors that add in another order differ by more than 64 eps of it.
+    """
     worst = {}
     for number, (rows, m1, m2, num_blocks) in enumerate([(40, 12, 9, 3), (60, 13, 7, 4), (500, 24, 16, 2)] * 2):
         generator = seeded(number)
@@ -222,7 +226,8 @@ def test_every_method_agrees_with_the_direct_computation_within_the_stated_error
         direct = figures(reduce_problem(problem), layout, A, B)
         cuts = torch.randperm(rows, generator=generator)[:5].sort().values
         streamed = LayerStatistics.of(zip(X.tensor_split(cuts), R.tensor_split(cuts), strict=True)).reduce()
-        captured = 0.5 * float(R.square().sum()) - float(direct["full"].minimum)
+        half = 0.5 * float(R.square().sum())
+        unit = math.sqrt(half * (half - float(direct["full"].minimum)))
         for name, optimum in figures(streamed, layout, A, B).items():
             errors = {
                 "minimum": abs(float(optimum.minimum - direct[name].minimum)),
@@ -230,7 +235,7 @@ def test_every_method_agrees_with_the_direct_computation_within_the_stated_error
                 "at the minimiser": abs(loss(X, R, optimum.update) - float(direct[name].minimum)),
             }
             for what, error in errors.items():
-                ratio = error / captured / (tolerance("streamed").value * condition**2)
+                ratio = error / unit / (tolerance("streamed").value * condition**2)
                 worst[name, what] = max(worst.get((name, what), 0.0), ratio)
     assert max(worst.values()) <= 1, f"worst ratios to the stated error at cond(X) = {condition:g}: {worst}"
 
