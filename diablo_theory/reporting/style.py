@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -131,6 +132,17 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
             path = folder / f"{stem}{suffix}"
             drawn = io.BytesIO()  # matplotlib's own writing hides a full disk behind an error of its clean-up
             figure.savefig(drawn, format=suffix[1:], metadata=metadata)
-            write_with(path, methodcaller("write_bytes", drawn.getvalue()))
+            content = drawn.getvalue() if suffix != ".svg" else _numbered_clips(drawn.getvalue())
+            write_with(path, methodcaller("write_bytes", content))
             written.append(path)
     return written
+
+
+def _numbered_clips(svg: bytes) -> bytes:
+    """An SVG file whose clip paths are numbered.
+
+    Their names are hashes of rectangles to the last bit, which the solver of the layout does not give twice alike.
+    """
+    names = dict.fromkeys(re.findall(rb'<clipPath id="(p[0-9a-f]{10})"', svg))
+    numbers = {name: b"clip%d" % number for number, name in enumerate(sorted(names, key=svg.index), start=1)}
+    return re.sub(rb"\bp[0-9a-f]{10}\b", lambda found: numbers.get(found[0], found[0]), svg)
