@@ -123,25 +123,20 @@ def write_words(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}{suffix}" for suffix in contents]
 
 
+#: Signs that LaTeX's text fonts lack.
+_IN_LATEX = str.maketrans(
+    {"<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$", "±": "$\\pm$", "→": "$\\to$", "—": "---", "`": ""}
+)
+
+
 def latex(frame: pd.DataFrame) -> str:
     """A frame of words as a LaTeX table with booktabs' rules; signs that text fonts lack are written out."""
-    words = frame.map(_in_latex)
-    words.columns = pd.Index([_in_latex(str(column)) for column in frame.columns])
     # Wide columns break their lines: p{...} in shares of the text's width.
-    longest = [max([len(str(name)), *words[name].str.len()]) for name in words.columns]
+    longest = [max([len(str(name)), *frame[name].str.len()]) for name in frame.columns]
     columns = "".join(f"p{{{min(0.4, length / 200):.2f}\\linewidth}}" if length > 40 else "l" for length in longest)
-    return str(words.style.hide(axis="index").to_latex(hrules=True, column_format=columns))
-
-
-def _in_latex(cell: Any) -> str:
-    text = str(cell).replace("\\", "\\textbackslash ")
-    for sign in "&%$#_{}":
-        text = text.replace(sign, f"\\{sign}")
-    signs = {"~": "\\textasciitilde ", "^": "\\textasciicircum ", "<": "$<$", ">": "$>$", "−": "$-$", "—": "---"}
-    signs |= {"±": "$\\pm$", "→": "$\\to$", "`": "", "|": "$|$"}
-    for sign, written in signs.items():
-        text = text.replace(sign, written)
-    return text
+    escaped = frame.style.hide(axis="index").format(escape="latex").format_index(axis="columns", escape="latex")
+    text = str(escaped.to_latex(hrules=True, column_format=columns))
+    return text.translate(_IN_LATEX)
 
 
 def html(frame: pd.DataFrame) -> str:
