@@ -13,9 +13,7 @@ from diablo_theory.reporting.published_bars import averages, origins
 from diablo_theory.reporting.style import WIDTH, styled
 from diablo_theory.reporting.tables import task_name
 
-SMALL = (
-    "Filled, on a tinted ground: run here, small scale, SmolLM2-135M, with 95% intervals; not comparable in height."
-)
+SMALL = "Filled, on a tinted ground: run here, small scale, with 95% intervals; not comparable in height."
 
 
 @styled
@@ -88,5 +86,6 @@ def _own(axes: Axes, section: pd.DataFrame) -> None:
         names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
     own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
     what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
-    axes.set(title=f"{what}, small scale (SmolLM2-135M): run here", xlabel="exact match, %", xlim=(0, 118))
+    models = ", ".join(dict.fromkeys(table["model"]))
+    axes.set(title=f"{what}, small scale ({models}): run here", xlabel="exact match, %", xlim=(0, 118))
     axes.set_xticks(range(0, 101, 20))

@@ -27,7 +27,6 @@ from diablo_theory.reporting.suites import ROWS
 from diablo_theory.reporting.tables import build
 from diablo_theory.reporting.time_memory import time_memory
 
-SMALL = "Small scale: SmolLM2-135M on two CPU cores; not comparable to the paper's 7B numbers."
 _COLLECT = (
     "`diablo-theory sweep experiments/sweeps/small_scale.yaml --out results/small_scale` and "
     "`diablo-theory collect results/small_scale --out paper_results/reproduced/suites` produce"
@@ -95,9 +94,11 @@ ENTRIES = {
         ("diagnosis/captures.csv",),
         _DIAGNOSE,
     ),
-    "suites_methods": Entry(lambda saved: methods(_some(saved, ("methods",))["methods"], SMALL), (_SUITES,), _COLLECT),
-    "suites_settings": Entry(lambda saved: settings(_some(saved, TITLES), SMALL), (_SUITES,), _COLLECT),
-    "gradient_norms": Entry(lambda saved: gradient_norms(saved.suites, SMALL), (_SUITES,), _COLLECT),
+    "suites_methods": Entry(
+        lambda saved: methods(_some(saved, ("methods",))["methods"], _note(saved)), (_SUITES,), _COLLECT
+    ),
+    "suites_settings": Entry(lambda saved: settings(_some(saved, TITLES), _note(saved)), (_SUITES,), _COLLECT),
+    "gradient_norms": Entry(lambda saved: gradient_norms(saved.suites, _note(saved)), (_SUITES,), _COLLECT),
 }
 
 
@@ -146,3 +147,9 @@ def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:
     if not found:
         raise NothingToDrawError(f"no collected run is of {' or '.join(names)}; {_COLLECT} some")
     return found
+
+
+def _note(saved: Evidence) -> str:
+    """Which models were run here, at which scale."""
+    models, scales = (" and ".join(dict.fromkeys(saved.suites.configs[name])) for name in ("model", "scale"))
+    return f"{scales.capitalize()} scale: {models}; not comparable to the paper's 7B numbers."

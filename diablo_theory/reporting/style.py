@@ -144,5 +144,5 @@ def _numbered_clips(svg: bytes) -> bytes:
     Their names are hashes of rectangles to the last bit, which the solver of the layout does not give twice alike.
     """
     names = dict.fromkeys(re.findall(rb'<clipPath id="(p[0-9a-f]{10})"', svg))
-    numbers = {name: b"clip%d" % number for number, name in enumerate(sorted(names, key=svg.index), start=1)}
+    numbers = {name: b"clip%d" % number for number, name in enumerate(names, start=1)}
     return re.sub(rb"\bp[0-9a-f]{10}\b", lambda found: numbers.get(found[0], found[0]), svg)

@@ -42,7 +42,7 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     panels[1, 1].set_yticklabels([])
     saved = cost[cost["metric"] == "memory_saved_pct"].to_dict("records")
     said = "".join(f"Published of memory alone: {row['setting']}, {row['value']:g}% saved." for row in saved)
-    where = f"{own['workload'].iloc[0]}, two CPU cores, all methods at the parameters of DiaBlo with N = {count}"
+    where = f"{own['workload'].iloc[0]}, all methods at the parameters of DiaBlo with N = {count}"
     published = origins(pd.concat([minutes, ratios]))
     here = f"Filled, on a tinted ground: measured here, small scale ({where})."
     foot(figure, published, said, here, "A step here and an epoch there are different things.")
