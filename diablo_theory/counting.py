@@ -50,7 +50,13 @@ def count_published(folder: Path) -> pd.DataFrame:
 
 def _is_known(row: Mapping[Any, Any]) -> bool:
     of_method = row["method"] in methods.FAMILIES and row["suite"] in TARGETS
-    return of_method and row["model"] in KNOWN and _KNOB.search(row["setting"]) is not None
+    return of_method and row["model"] in KNOWN and _knob(row) is not None
+
+
+def _knob(row: Mapping[Any, Any]) -> int | None:
+    """The rank or N that a setting is printed with."""
+    found = _KNOB.search(row["setting"])
+    return int(found[1]) if found else None
 
 
 def _counted(row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def _counted(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _trained(row: Mapping[Any, Any], method: str) -> tuple[Trained, int]:
     """What a method of a row's size trains, and the parameters of the model itself."""
-    knob = int(_KNOB.search(row["setting"])[1])  # type: ignore[index]  # that there is one, _is_known has seen
+    knob = _knob(row)
     size: dict[str, Any] = {"num_blocks": knob} if method == "diablo" else {"rank": knob}
     least: dict[str, Any] = {"examples": 1, "prompt_tokens": 1, "answer_tokens": 1, "batch_size": 1}
     work = Work(model=row["model"], method=method, target_modules=TARGETS[row["suite"]], **least, **size)

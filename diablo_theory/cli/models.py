@@ -212,7 +212,11 @@ def report(
     out: Out = Path("results/default"),
     papers: Annotated[
         Path | None,
-        typer.Option(help="Published numbers, claims, collected runs and benchmarks (default: the repository's)."),
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Published numbers, claims, collected runs and benchmarks (default: the repository's).",
+        ),
     ] = None,
 ) -> None:
     """Write figures, tables and the report again from saved results; nothing is trained.
@@ -225,8 +229,6 @@ def report(
     from diablo_theory.files import paper_results
     from diablo_theory.reporting.report import write_report
 
-    if papers is not None and not papers.is_dir():
-        raise typer.BadParameter(f"--papers must be a folder, got {papers}")
     with working("drawing figures"):
         page = write_report(out, papers or paper_results())
     if not _show(out, page):

@@ -10,13 +10,12 @@ import typer
 
 from diablo_theory.cli.common import app, require_folder, say, wrote
 
-Published = Annotated[Path, typer.Option("--published", help="Holds published numbers, a CSV file a table.")]
-PUBLISHED = Path("paper_results") / "published"
-
 
 @app.command()
 def count(
-    published: Published = PUBLISHED,
+    published: Annotated[
+        Path, typer.Option("--published", help="Holds published numbers, a CSV file a table.")
+    ] = Path("paper_results/published"),
     out: Annotated[Path | None, typer.Option("--out", help="Gets counts.csv.")] = None,
 ) -> None:
     """Count again what papers quote of trainable parameters, on the models' true shapes.

@@ -82,12 +82,11 @@ class Verdicts(Question):
         """See :class:`Question`."""
         rows = evidence.verdicts[evidence.verdicts["check"].isin(self.checks)]
         if unknown := set(self.checks) - set(rows["check"]):
-            raise NotMadeError(
-                f"no verdict of the check(s) {', '.join(sorted(unknown))} is saved in {evidence.results}"
-            )
-        passed = rows.groupby("role")["passed"].agg(["sum", "count"])
-        counted = passed.to_dict("index")
-        told = [f"{counted[role]['sum']} of {counted[role]['count']} {what}" for role, what in _ROLES.items()]
+            raise NotMadeError(f"no verdict of the check(s) {', '.join(sorted(unknown))} is saved")
+        told = []
+        for role, what in _ROLES.items():
+            passed = rows.loc[rows["role"] == role, "passed"]
+            told.append(f"{passed.sum()} of {len(passed)} {what}")
         outcome = Outcome.HOLDS if rows["passed"].all() else Outcome.FAILS
         text = f"{', '.join(self.checks)}: {' and '.join(told)}"
         return Answer(outcome, text, "random problems", "reproduced/theory/verdicts.csv")
@@ -249,12 +248,11 @@ class Premise(Question):
 
 
 class Captures(Question):
-    """Whether one set of updates captures at least as much as another in most layers of a real model."""
+    """Whether one set of updates captures at least as much as another in more than half of a real model's layers."""
 
     kind: Literal["captures"]
     of: str
     over: str
-    in_share: float = Field(gt=0, le=1)
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
@@ -268,7 +266,7 @@ class Captures(Question):
             f"{CAPTURED[self.of]} {100 * most.median():.0f}% of what full fine-tuning does in the median layer, "
             f"{CAPTURED[self.over]} {100 * least.median():.0f}%; the first at least as much in {wins} of {len(layers)}"
         )
-        holds = wins >= self.in_share * len(layers)
+        holds = wins > len(layers) / 2
         return Answer(Outcome.HOLDS if holds else Outcome.FAILS, text, _model(layers), "diagnosis/layers.csv")
 
 

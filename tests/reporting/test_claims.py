@@ -196,7 +196,7 @@ def test_a_premise_holds_everywhere_somewhere_or_nowhere():
 
 
 def test_captures_are_compared_layer_by_layer():
-    keys = {"kind": "captures", "of": "lora_frozen", "over": "diablo", "in_share": 0.9}
+    keys = {"kind": "captures", "of": "lora_frozen", "over": "diablo"}
     assert ask(keys, layers=layers([False] * 2)).outcome == Outcome.HOLDS
     assert ask(keys, layers=layers([False] * 2, [0.5, 0.3])).outcome == Outcome.FAILS
     with pytest.raises(ResultsError, match=r"lacks the column\(s\) capture_lora_set"):
