@@ -89,9 +89,8 @@ def test_a_collection_knows_its_runs_by_every_key_of_their_configuration(whole, 
     asked = {name: resolve(OPTIONS, {"model": str(tiny_model), **own}) for name, own in NAMES.items()}
     configs = {name: config.model_dump(mode="json") for name, config in asked.items()}
     assert collected(tmp_path, configs) == set(NAMES)
-    assert collected(tmp_path, {name: config | {"data_root": "elsewhere"} for name, config in configs.items()}) == set(
-        NAMES
-    )
+    for key, value in {"data_root": "elsewhere", "device": "auto", "eval_batch_size": 1}.items():
+        assert collected(tmp_path, {name: config | {key: value} for name, config in configs.items()}) == set(NAMES), key
     name = "word_problems/diablo"
     others = {"seed": 1, "rank": 3, "quantise": {"method": "rtn", "bits": 4}, "target_modules": ["q_proj"], "new": 1}
     for key, value in others.items():
@@ -101,7 +100,7 @@ def test_a_collection_knows_its_runs_by_every_key_of_their_configuration(whole, 
 
 def test_a_sweep_goes_on_where_a_collection_ends(tiny_model, shell, tmp_path):
     said = ["sweep", "word_problems/none.yaml", "--set", f"model={tiny_model}", "--set", "eval_items=4"]
-    said += ["--set", "device=cpu", "--set", "num_blocks=6", "--out"]
+    said += ["--set", "num_blocks=6", "--out"]
     assert shell(*said, tmp_path / "first", "--vary", "seed=0")[0] == 0
     assert shell("collect", tmp_path / "first", "--out", tmp_path / "kept")[0] == 0
     again = [*said, tmp_path / "second", "--vary", "seed=0,1", "--collected", tmp_path / "kept"]
