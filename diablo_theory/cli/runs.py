@@ -187,7 +187,7 @@ def sweep(
 def _collected(collection: Path, runs: list[Planned]) -> set[str]:
     from diablo_theory.reporting.joining import collected
 
-    return collected(collection, {run.name: run.config.model_dump(mode="json") for run in runs})
+    return collected(collection, {run.name: run.config.identity for run in runs})
 
 
 def _sweep(files: list[Path], vary: list[str], small: bool) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.finetune.config import ELSEWHERE
 from diablo_theory.reporting.suites import (
     CONFIGS,
     Suites,
@@ -61,8 +60,8 @@ def collected(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> set[str
 
     Args:
         folder: The collection.
-        configs: For each run, by its name there, every key of its configuration; those that say where a run is done
-            (:data:`~diablo_theory.finetune.config.ELSEWHERE`) tell none from another.
+        configs: For each run, by its name there, what makes it this run; other keys that the collection has, such as
+            where it was done, tell none from another.
 
     Raises:
         ResultsError: If the collection cannot be read.
@@ -74,13 +73,7 @@ def collected(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> set[str
 
 
 def _agree(kept: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a row of configs.csv is of a configuration, wherever that was or will be done."""
-    asked, cells = _identity(config), _identity(kept)
-    return asked.keys() == cells.keys() and all(_same(cells[key], value) for key, value in asked.items())
-
-
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("run_id", *ELSEWHERE)}
+    return all(key in kept and _same(kept[key], value) for key, value in config.items())
 
 
 def _same(cell: Any, value: Any) -> bool:
@@ -93,8 +86,8 @@ def _same(cell: Any, value: Any) -> bool:
 
 def _contents(suites: Suites) -> dict[str, str]:
     """For each run what it is and what came of it, without when, where and how fast."""
-    keys = [key for key in config_keys(suites.configs) if key not in ELSEWHERE]
-    configs = suites.configs.set_index("run_id", drop=False)[[*keys, "state"]]
+    keys = [*config_keys(suites.configs), "state"]
+    configs = suites.configs.set_index("run_id", drop=False)[keys]
     found = {str(run_id): row.dropna().to_json() for run_id, row in configs.iterrows()}
     for run_id, items in suites.outcomes.groupby("run_id"):
         found[str(run_id)] += items.dropna(axis="columns", how="all").sort_index(axis="columns").to_csv(index=False)
