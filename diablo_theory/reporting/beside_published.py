@@ -37,7 +37,7 @@ def quantised(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figur
         same = shown[shown["bits"] == bits]
         published_bars(axes, same["value"], same["method"], same["name"], "{:.1f}")
         axes.set(title=f"{same['model'].iloc[0]}, {bits} bits: published", xlim=(0, 66))
-    panels[1].set_xlabel("average after math_10k, %")
+    panels[1].set_xlabel("average after training on Math10K, %")
     if own is not None:
         _own(panels[2], own)
     small = "" if own is None else SMALL

@@ -10,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, RC, WIDTH
+from diablo_theory.reporting.terminal import terminal_table
 
 # (method, start): legend, colour, marker, filled
 _SHOWN = {
@@ -52,25 +53,34 @@ def short_name(layer: str) -> str:
     return layer.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
 
 
-def layer_table(layers: pd.DataFrame) -> Table:
-    """One line a layer for the terminal.
+LAYER_NOTE = (
+    "Each method at DiaBlo's number of parameters. Rank 99%: directions that hold 99% of the inputs' energy; premise: "
+    "every X_i has the rank of X; percentages: captured of what full fine-tuning of the layer captures; leak share: "
+    "S3's leak over the full gradient."
+)
+
+
+def readable_layers(layers: pd.DataFrame) -> pd.DataFrame:
+    """One line a layer, in words.
 
     Args:
         layers: What ``diagnose.diagnose_layers`` returned, its second table.
     """
-    table = Table(title="Layers, each method at DiaBlo's parameters", title_justify="left")
-    headings = ("layer", "d1", "rank 99%", "premise", "DiaBlo", "LoRA best", "LoRA start", "frozen A", "leak share")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=heading == "layer")
-    for row in layers.to_dict("records"):
-        captures = [
-            f"{100 * row[f'capture_{name}']:.0f}%" for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")
-        ]
-        holds = "holds" if row["premise_holds"] else "fails"
-        sizes = str(row["block_rows"]), str(row["energy_rank"])
-        table.add_row(short_name(row["layer"]), *sizes, holds, *captures, f"{row['leak_share']:.2f}")
-    table.caption = (
-        "rank 99%: directions that hold 99% of the inputs' energy; premise: every X_i has the rank of X; percentages: "
-        "captured of what full fine-tuning of the layer captures; leak share: S3's leak over the full gradient"
+    shares = {"DiaBlo": "diablo", "LoRA best": "lora_set", "LoRA start": "lora_tangent", "Frozen A": "lora_frozen"}
+    return pd.DataFrame(
+        {
+            "Layer": layers["layer"].map(short_name),
+            "Block rows": layers["block_rows"].map(str),
+            "Rank 99%": layers["energy_rank"].map(str),
+            "Premise": layers["premise_holds"].map({True: "holds", False: "fails"}),
+            **{name: layers[f"capture_{key}"].map("{:.0%}".format) for name, key in shares.items()},
+            "Leak share": layers["leak_share"].map("{:.2f}".format),
+        }
     )
+
+
+def layer_table(layers: pd.DataFrame) -> Table:
+    """The readable layers for a terminal."""
+    table = terminal_table(readable_layers(layers), "Layers")
+    table.caption = LAYER_NOTE
     return table

@@ -46,46 +46,74 @@ class Entry:
         draw: From saved results.
         reads: What must be there, below the root.
         made_by: Which command produces it, up to the verb.
+        caption: What a reader sees on it.
     """
 
     draw: Callable[[Evidence], Figure]
     reads: tuple[str, ...] = ()
     made_by: str = ""
+    caption: str = ""
 
 
 #: All but the figures of a reproduction's folder, which :func:`~.plots.plans` knows, by stem.
 ENTRIES = {
-    "method": Entry(lambda _: method_diagram()),
+    "method": Entry(
+        lambda _: method_diagram(),
+        caption="What trains: LoRA's two factors beside the weight, DiaBlo's blocks on its diagonal.",
+    ),
     "published_commonsense": Entry(
-        lambda saved: published_bars.commonsense(saved.published), (_PUBLISHED,), _TRANSCRIBED
+        lambda saved: published_bars.commonsense(saved.published),
+        (_PUBLISHED,),
+        _TRANSCRIBED,
+        "Published commonsense averages, of the paper and of the papers that it quotes. None of them was reproduced.",
     ),
     "published_arithmetic": Entry(
-        lambda saved: published_bars.arithmetic(saved.published), (_PUBLISHED,), _TRANSCRIBED
+        lambda saved: published_bars.arithmetic(saved.published),
+        (_PUBLISHED,),
+        _TRANSCRIBED,
+        "Published arithmetic scores. None of them was reproduced.",
     ),
     "published_quantised": Entry(
-        lambda saved: beside_published.quantised(saved.published, saved.sections), (_PUBLISHED,), _TRANSCRIBED
+        lambda saved: beside_published.quantised(saved.published, saved.sections),
+        (_PUBLISHED,),
+        _TRANSCRIBED,
+        "Quantised bases: published scores, and what small runs gave, each on an axis of its own.",
     ),
     "published_patterns": Entry(
-        lambda saved: beside_published.patterns(saved.published, saved.sections), (_PUBLISHED,), _TRANSCRIBED
+        lambda saved: beside_published.patterns(saved.published, saved.sections),
+        (_PUBLISHED,),
+        _TRANSCRIBED,
+        "Sparsity patterns at equal counts: published scores, and what small runs gave, each on an axis of its own.",
     ),
     "published_parameters": Entry(
         lambda saved: parameters(saved.published, saved.counts),
         (_PUBLISHED, _COUNTS),
         "`diablo-theory count --out paper_results` produces",
+        "Published averages against trainable parameters, as quoted and as counted again on the true shapes.",
     ),
     "time_memory": Entry(
-        lambda saved: time_memory(saved.published, summarise(*saved.steps)), (_PUBLISHED, _STEPS), _BENCH
+        lambda saved: time_memory(saved.published, summarise(*saved.steps)),
+        (_PUBLISHED, _STEPS),
+        _BENCH,
+        "Time and memory: what papers print, and what was measured here.",
     ),
-    "steps": Entry(lambda saved: draw_steps(summarise(*saved.steps)), (_STEPS,), _BENCH),
+    "steps": Entry(
+        lambda saved: draw_steps(summarise(*saved.steps)),
+        (_STEPS,),
+        _BENCH,
+        "Whole training steps as ratios to the frozen floor, with 95% intervals, and memory.",
+    ),
     "convergence": Entry(
         lambda saved: convergence(read_descent(saved.papers / "descent")),
         ("descent/descent.csv",),
         "`diablo-theory descend --out paper_results/descent` produces",
+        "Gradient descent on the linear problem, within the premise and beyond it, with predicted limits and rates.",
     ),
     "certificates": Entry(
         lambda saved: certificates(read_layers(saved.papers / "diagnosis" / "layers.csv")),
         ("diagnosis/layers.csv",),
         _DIAGNOSE,
+        "A real model's layers: what bounds the full gradient (S3), in its own units.",
     ),
     "captures": Entry(
         lambda saved: capture_figure(
@@ -93,17 +121,41 @@ ENTRIES = {
         ),
         ("diagnosis/captures.csv",),
         _DIAGNOSE,
+        "A real model's layers: what each method could capture of the change that full fine-tuning asks for.",
     ),
     "suites_methods": Entry(
-        lambda saved: methods(_some(saved, ("methods",))["methods"], _note(saved)), (_SUITES,), _COLLECT
+        lambda saved: methods(_some(saved, ("methods",))["methods"], _note(saved)),
+        (_SUITES,),
+        _COLLECT,
+        "Methods at small scale: scores and differences to DiaBlo, with 95% intervals over problems and seeds.",
     ),
-    "suites_settings": Entry(lambda saved: settings(_some(saved, TITLES), _note(saved)), (_SUITES,), _COLLECT),
-    "gradient_norms": Entry(lambda saved: gradient_norms(saved.suites, _note(saved)), (_SUITES,), _COLLECT),
+    "suites_settings": Entry(
+        lambda saved: settings(_some(saved, TITLES), _note(saved)),
+        (_SUITES,),
+        _COLLECT,
+        "At small scale: numbers of blocks, sparsity patterns, quantised bases, learning rates.",
+    ),
+    "gradient_norms": Entry(
+        lambda saved: gradient_norms(saved.suites, _note(saved)),
+        (_SUITES,),
+        _COLLECT,
+        "Gradient norms of the small runs, of LoRA's two factors apart.",
+    ),
 }
 
 
-def plans(root: Path) -> dict[str, Plan]:
-    """All figures by stem, those whose data are missing included.
+def plans(saved: Evidence) -> dict[str, Plan]:
+    """The figures of :data:`ENTRIES` by stem, those whose data are missing included."""
+    found = {}
+    for stem, entry in ENTRIES.items():
+        missing = [name for name in entry.reads if not (saved.papers / name).exists()]
+        why_not = f"{entry.made_by} {' and '.join(f'{saved.papers.name}/{name}' for name in missing)}"
+        found[stem] = Plan(partial(entry.draw, saved), why_not, not missing)
+    return found
+
+
+def all_plans(root: Path) -> dict[str, Plan]:
+    """Those of a folder's reproduction, and all others.
 
     Args:
         root: A folder laid out as ``paper_results``.
@@ -114,15 +166,9 @@ def plans(root: Path) -> dict[str, Plan]:
     if not root.is_dir():
         raise ResultsError(f"{root} is no folder of saved results, such as paper_results")
     reproduced = root / "reproduced"
-    saved = Evidence(reproduced, root)
     there = (reproduced / "manifest.json").is_file()
     data = collect(reproduced) if there else ResultsData(path=reproduced, manifest={})
-    found = plots.plans(data, build(data))
-    for stem, entry in ENTRIES.items():
-        missing = [name for name in entry.reads if not (root / name).exists()]
-        why_not = f"{entry.made_by} {' and '.join(f'{root.name}/{name}' for name in missing)}"
-        found[stem] = Plan(partial(entry.draw, saved), why_not, not missing)
-    return found
+    return plots.plans(data, build(data)) | plans(Evidence(reproduced, root))
 
 
 def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
@@ -138,7 +184,7 @@ def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
     Raises:
         ResultsError: If saved results are damaged; it names the file.
     """
-    return save_plans(plans(root), out)
+    return save_plans(all_plans(root), out)
 
 
 def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:

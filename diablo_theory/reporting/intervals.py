@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -244,15 +245,25 @@ def _by_seed(top: Floats, bottom: Floats) -> Floats:
 
 def _resample(sides: list[tuple[Floats, Floats]], clusters: npt.NDArray[np.intp], seed: int) -> list[Floats]:
     """Bootstrap the mean over seeds of sum/sum: the same clusters are drawn for every side and seed."""
-    rng = np.random.default_rng(seed)
     units = int(clusters.max()) + 1
     member = np.eye(units)[clusters]  # (items, clusters)
-    counts = rng.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(float)
+    counts = _counts(units, seed)
     draws = []
     for top, bottom in sides:
         ratio = (counts @ (top @ member).T) / (counts @ (bottom @ member).T)  # (resamples, seeds)
         draws.append(ratio.mean(axis=1))
     return draws
+
+
+@lru_cache(maxsize=4)
+def _counts(units: int, seed: int) -> Floats:
+    """How often each resample holds each unit: (resamples, units). Drawing takes longer than all that is done with it.
+
+    Kept, since every metric, experiment and pair of a task is resampled in the same way.
+    """
+    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(float)
+    counts.flags.writeable = False
+    return counts
 
 
 def _same_problems(first: pd.DataFrame, second: pd.DataFrame) -> None:

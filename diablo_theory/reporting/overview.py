@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ import pandas as pd
 
 from diablo_theory.files import read_json
 from diablo_theory.reporting.claims import FILE, Decided, decide, read_claims
-from diablo_theory.reporting.evidence import Evidence, NotMadeError
+from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.parameters import readable_counts
-from diablo_theory.reporting.published import AVERAGE, METHOD_NAMES, OTHER_METRICS, conflicts, odd_averages
+from diablo_theory.reporting.parts import Part, Shown, made, measured_parts
+from diablo_theory.reporting.published import (
+    AVERAGE,
+    METHOD_NAMES,
+    OTHER_METRICS,
+    PUBLISHED_FIGURES,
+    conflicts,
+    odd_averages,
+)
 from diablo_theory.reporting.questions import Outcome
 from diablo_theory.reporting.suite_tables import NOTE, readable_section, title
 from diablo_theory.reporting.tables import task_name
@@ -24,26 +32,20 @@ from diablo_theory.reporting.tables import task_name
 SUITES = {
     "Commonsense reasoning": (("commonsense",), ("methods",)),
     "Arithmetic reasoning": (("arithmetic", "math_10k"), ("methods",)),
+    "Arithmetic reasoning from 100,000 examples": (("arithmetic_100k",), ()),
+    "GSM8K alone": (("gsm8k",), ()),
     "Quantised models": (("quantised", "quantised_gsm8k"), ("bases",)),
+    "Quantisers alone": (("quantisers",), ()),
     "Sparsity patterns": (("patterns",), ("patterns",)),
     "Number of blocks, learning rates": ((), ("blocks", "learning_rates")),
     "Code": (("code",), ()),
+    "Code from 100,000 examples": (("code_100k",), ()),
     "Safety": (("safety",), ()),
     "Efficiency": (("efficiency",), ()),
 }
 #: Of the section with the methods: the small-scale tasks that stand for a suite.
 TASKS = {"Commonsense reasoning": ("boolq", "arc_easy"), "Arithmetic reasoning": ("word_problems", "gsm8k")}
 _DEVIATION = re.compile(r"^- `([a-z0-9-]+)`: (.*(?:\n  .*)*)", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the report: a heading, what to know, and tables in words, each under a title (or none)."""
-
-    id: str
-    heading: str
-    text: str = ""
-    tables: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
 
 
 def decided_claims(evidence: Evidence) -> list[Decided]:
@@ -97,29 +99,23 @@ def overview(evidence: Evidence, today: date, dates: pd.DataFrame) -> list[Part]
     return [
         *_suites(evidence),
         *_parameters(evidence),
+        *measured_parts(evidence),
         *_conflicts(evidence),
         *_deviations(evidence.papers.parent / "README.md"),
         *_ages(pd.concat([dates, inputs(evidence)], ignore_index=True), today),
     ]
 
 
-def _made(evidence: Evidence, name: str) -> Any:
-    """A part of the evidence, or None where it was never made."""
-    try:
-        return getattr(evidence, name)
-    except NotMadeError:
-        return None
-
-
 def _suites(evidence: Evidence) -> Iterable[Part]:
-    published, sections = _made(evidence, "published"), evidence.sections
+    published, sections = made(evidence, "published"), evidence.sections
     if published is None and not sections:
         return
-    tables: list[tuple[str, pd.DataFrame]] = []
+    shown: list[Shown] = []
     for heading, (names, of_small) in SUITES.items():
         if published is not None and names:
-            rows = published[published["suite"].isin(names)]
-            tables.append((f"{heading}: published, at full scale", readable_published(rows)))
+            frame = readable_published(published[published["suite"].isin(names)])
+            ids, figures = tuple(f"published-{name}" for name in names), PUBLISHED_FIGURES.get(names[0], ())
+            shown.append(Shown(f"{heading}: published, at full scale", frame, ids, figures))
         small = [(name, sections[name]) for name in of_small if name in sections]
         for name, frame in small:
             chosen = frame[frame["task"].isin(TASKS[heading])] if heading in TASKS else frame
@@ -127,16 +123,29 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
                 models, scales = (" and ".join(dict.fromkeys(chosen[key])) for key in ("model", "scale"))
                 what = f"{models} at {scales} scale"
                 label = f"{heading}: reproduced, {what} ({title(name).lower()})"
-                tables.append((label, readable_section(chosen.reset_index(drop=True))))
+                ids = tuple(f"suite-{suite}" for suite in dict.fromkeys(chosen["suite"]))
+                shown.append(Shown(label, readable_section(chosen.reset_index(drop=True)), ids))
         if not small:
-            tables.append((f"{heading}: nothing reproduced here yet", pd.DataFrame()))
+            shown.append(Shown(f"{heading}: nothing reproduced here yet"))
+    if sections:
+        shown.append(Shown("Reproduced, in pictures", figures=("suites_methods", "suites_settings", "gradient_norms")))
     text = (
         "Published numbers are of models of 7 to 13 billion parameters and were not reproduced here; beside them "
         "stand runs of the same methods at small scale, whose scores must not be compared with theirs. How sure: "
         "printed where the source says; quoted in somebody's note about it; or drawn, with the error of reading. "
         f"{NOTE}"
     )
-    yield Part("suites", "Published beside reproduced", text, tables)
+    yield Part("suites", "Published beside reproduced", text, _once(shown))
+
+
+def _once(shown: list[Shown]) -> list[Shown]:
+    """Each id only where it stands first: what stands beside other suites has a place of its own."""
+    seen: set[str] = set()
+    found = []
+    for part in shown:
+        found.append(replace(part, ids=tuple(name for name in part.ids if name not in seen)))
+        seen.update(part.ids)
+    return found
 
 
 def readable_published(rows: pd.DataFrame) -> pd.DataFrame:
@@ -176,17 +185,18 @@ _SURE = {"printed": "printed", "quoted": "quoted", "measured": "drawn, ± 0.05"}
 
 
 def _parameters(evidence: Evidence) -> Iterable[Part]:
-    counts = _made(evidence, "counts")
+    counts = made(evidence, "counts")
     if counts is not None:
         text = (
             "What papers print of trainable parameters, counted again on the models' true shapes. With grouped-query "
             "attention the key and value matrices are narrower than the query's."
         )
-        yield Part("parameters", "Trainable parameters", text, [("", readable_counts(counts))])
+        shown = Shown("", readable_counts(counts), figures=("published_parameters",))
+        yield Part("parameters", "Trainable parameters", text, [shown])
 
 
 def _conflicts(evidence: Evidence) -> Iterable[Part]:
-    published = _made(evidence, "published")
+    published = made(evidence, "published")
     if published is None:
         return
     found, odd = conflicts(published), odd_averages(published)
@@ -212,7 +222,8 @@ def _conflicts(evidence: Evidence) -> Iterable[Part]:
         }
     )
     text = "Rows of published tables that ought to be the same and are not, and printed averages that are none."
-    yield Part("conflicts", "Conflicts between sources", text, [("", apart), ("Averages that do not add up", means)])
+    shown = [Shown("", apart), Shown("Averages that do not add up", means)]
+    yield Part("conflicts", "Conflicts between sources", text, shown)
 
 
 def _deviations(readme: Path) -> Iterable[Part]:
@@ -224,7 +235,7 @@ def _deviations(readme: Path) -> Iterable[Part]:
         [(name, " ".join(text.replace("`", "").split())) for name, text in found], columns=["Name", "What is done"]
     )
     if not frame.empty:
-        yield Part("deviations", "Deviations from the paper and its code", "", [("", frame)])
+        yield Part("deviations", "Deviations from the paper and its code", "", [Shown("", frame)])
 
 
 def inputs(evidence: Evidence) -> pd.DataFrame:
@@ -235,7 +246,7 @@ def inputs(evidence: Evidence) -> pd.DataFrame:
         peft, transformers.
     """
     rows: list[dict[str, Any]] = []
-    suites = _made(evidence, "suites")
+    suites = made(evidence, "suites")
     if suites is not None:
         keys = ["commit", "dirty", "cpu", "device", "torch", "peft", "transformers"]
         for values, group in suites.configs.groupby(keys, dropna=False, sort=False):
@@ -243,7 +254,7 @@ def inputs(evidence: Evidence) -> pd.DataFrame:
             about = {"input": "collected runs", "runs": len(group), "seeds": seeds}
             dates = sorted(str(day) for day in group["date"].dropna())
             rows.append(about | dict(zip(keys, values, strict=True)) | {"date": dates[-1] if dates else ""})
-    steps = _made(evidence, "steps")
+    steps = made(evidence, "steps")
     if steps is not None:
         for row in steps[1].drop_duplicates(["commit", "cpu"]).to_dict("records"):
             rows.append(
@@ -279,7 +290,7 @@ def _ages(dates: pd.DataFrame, today: date) -> Iterable[Part]:
                 "Versions": ", ".join(versions),
             }
         )
-    yield Part("inputs", "How old the inputs are, and where they were made", text, [("", pd.DataFrame(lines))])
+    yield Part("inputs", "How old the inputs are, and where they were made", text, [Shown("", pd.DataFrame(lines))])
 
 
 def _age(made: str, today: date) -> str:

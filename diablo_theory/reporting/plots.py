@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 from diablo_theory.reporting.drawing import dots, line, plain_ticks
 from diablo_theory.reporting.maps import theory_map
-from diablo_theory.reporting.plans import Plan, save_plans
+from diablo_theory.reporting.plans import Plan
 from diablo_theory.reporting.results import ResultsData, by_method
 from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
 from diablo_theory.reporting.tables import Tables, task_name
@@ -31,20 +30,6 @@ def scale_note(data: ResultsData) -> str:
     scale = "Small-scale run" if data.manifest.get("scale") == "small" else "Full-scale run"
     warning = "; not comparable to the paper's 7B numbers" if data.manifest.get("scale") == "small" else ""
     return f"{scale}: {model}, profile {data.manifest.get('profile', 'unknown')}{warning}"
-
-
-def save_figures(data: ResultsData, tables: Tables, folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Draw and write every figure that the data allow.
-
-    Args:
-        data: What :func:`diablo_theory.reporting.results.collect` read.
-        tables: What :func:`diablo_theory.reporting.tables.build` made of it.
-        folder: Where the files go.
-
-    Returns:
-        The files written, and the reason for each figure that was skipped. A skipped figure's old files are removed.
-    """
-    return save_plans(plans(data, tables), folder)
 
 
 def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:

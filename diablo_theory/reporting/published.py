@@ -57,6 +57,14 @@ METHOD_NAMES = {
 }
 #: Name of a mean over the other tasks of the same row of a table.
 AVERAGE = "average"
+#: Figures with a suite's published numbers, which may show what was reproduced beside them.
+PUBLISHED_FIGURES = {
+    "commonsense": ("published_commonsense",),
+    "arithmetic": ("published_arithmetic",),
+    "quantised": ("published_quantised",),
+    "patterns": ("published_patterns",),
+    "efficiency": ("time_memory",),
+}
 #: Half of the last digit of tables that print one decimal.
 ROUNDING = 0.05
 

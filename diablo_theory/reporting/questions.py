@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Literal
@@ -15,7 +16,7 @@ from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.evidence import Evidence, NotMadeError
 from diablo_theory.reporting.intervals import Estimate, time_ratio
 from diablo_theory.reporting.parameters import READINGS, reading
-from diablo_theory.reporting.published import AVERAGE, METHOD_NAMES
+from diablo_theory.reporting.published import AVERAGE, METHOD_NAMES, PUBLISHED_FIGURES
 from diablo_theory.reporting.tables import interval, task_name
 
 
@@ -48,6 +49,8 @@ class Answer:
         scale: What they stand for: model, size, machine.
         source: File or folder below the repository that holds them.
         decides: For what stays open: the command, and the hardware, that would decide it.
+        rows: Where the report shows these numbers: ids of rows and tables.
+        figures: Stems of figures that show them.
     """
 
     outcome: Outcome
@@ -55,6 +58,8 @@ class Answer:
     scale: str
     source: str
     decides: str = ""
+    rows: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
 
 
 class Question(BaseModel):
@@ -89,9 +94,19 @@ class Verdicts(Question):
             told.append(f"{passed.sum()} of {len(passed)} {what}")
         outcome = Outcome.HOLDS if rows["passed"].all() else Outcome.FAILS
         text = f"{', '.join(self.checks)}: {' and '.join(told)}"
-        return Answer(outcome, text, "random problems", "reproduced/theory/verdicts.csv")
+        drawn = [figure for figure, checks in _CHECKS_DRAWN.items() if checks & set(self.checks)]
+        return Answer(
+            outcome,
+            text,
+            "random problems",
+            "reproduced/theory/verdicts.csv",
+            rows=tuple(f"check-{check}" for check in self.checks),
+            figures=("verdicts", *drawn),
+        )
 
 
+#: Figures beside that of all verdicts which show what some checks are about.
+_CHECKS_DRAWN = {"theory_map": {"L5", "L7"}, "convergence": {"D1", "D2"}}
 _ROLES = {"claim": "trials hold", "control": "controls fail, as they must"}
 
 
@@ -137,7 +152,15 @@ class Compared(Question):
             most = wide[["low", "high"]].abs().max(axis=1).max()
             parts += [f"no difference seen to {_names(wide)}, within {most:.2g} {self._unit}"]
         text = f"DiaBlo is {'; '.join(part for part in parts if part)}"
-        return Answer(outcome, text, f"{self.scale} scale", SUITES, "more seeds" if outcome == Outcome.OPEN else "")
+        return Answer(
+            outcome,
+            text,
+            f"{self.scale} scale",
+            SUITES,
+            "more seeds" if outcome == Outcome.OPEN else "",
+            _tables(rows["suite"]),
+            ("suites_settings" if self.suites else "suites_methods",),
+        )
 
     @property
     def _unit(self) -> str:
@@ -153,6 +176,11 @@ class Compared(Question):
 
 
 SUITES = "reproduced/suites"
+
+
+def _tables(suites: Iterable[str]) -> tuple[str, ...]:
+    """Where the report shows suites of collected runs."""
+    return tuple(f"suite-{suite}" for suite in dict.fromkeys(suites))
 
 
 def _names(rows: pd.DataFrame) -> str:
@@ -186,7 +214,7 @@ class StepRatio(Question):
             outcomes.append(self._judged(ratio))
             told.append(f"{interval(ratio.value, ratio.low, ratio.high, 3)} at N = {count}'s budget")
         text = f"a step of {_name(self.of)} takes {' and '.join(told)} times {_name(self.over)}'s"
-        return Answer(min(outcomes), text, _where(contenders), "steps")
+        return Answer(min(outcomes), text, _where(contenders), "steps", rows=("steps",), figures=("steps",))
 
     def _judged(self, ratio: Estimate) -> Outcome:
         low = -np.inf if self.at_least is None else self.at_least
@@ -217,7 +245,8 @@ class Memory(Question):
         told = " and ".join(f"{ratio:.4f} at N = {count}'s budget" for count, ratio in ratios.items())
         holds = max(ratios.values()) <= self.at_most
         text = f"{_name(self.of)}'s peak is {told} times {_name(self.over)}'s"
-        return Answer(Outcome.HOLDS if holds else Outcome.FAILS, text, _where(contenders), "steps")
+        outcome = Outcome.HOLDS if holds else Outcome.FAILS
+        return Answer(outcome, text, _where(contenders), "steps", rows=("steps",), figures=("steps",))
 
 
 def _name(contender: str) -> str:
@@ -227,6 +256,9 @@ def _name(contender: str) -> str:
 def _where(contenders: pd.DataFrame) -> str:
     first = contenders.iloc[0]
     return f"{first['workload']}, {first['cpu']}, {first['threads']} threads"
+
+
+LAYERS = "diagnosis/layers.csv"
 
 
 class Premise(Question):
@@ -244,7 +276,7 @@ class Premise(Question):
             f"{short.min():.2g} to {short.max():.2g} times as many directions as a block has rows"
         )
         all_or_none = {0: Outcome.FAILS, len(layers): Outcome.HOLDS}
-        return Answer(all_or_none.get(held, Outcome.CONDITIONAL), text, _model(layers), "diagnosis/layers.csv")
+        return Answer(all_or_none.get(held, Outcome.CONDITIONAL), text, _model(layers), LAYERS, rows=("layers",))
 
 
 class Captures(Question):
@@ -259,7 +291,7 @@ class Captures(Question):
         layers = evidence.layers
         names = [f"capture_{name}" for name in (self.of, self.over)]
         if missing := [name for name in names if name not in layers]:
-            raise ResultsError(f"diagnosis/layers.csv lacks the column(s) {', '.join(missing)}")
+            raise ResultsError(f"{LAYERS} lacks the column(s) {', '.join(missing)}")
         least, most = layers[names[1]], layers[names[0]]
         wins = int((most >= least).sum())
         text = (
@@ -267,7 +299,8 @@ class Captures(Question):
             f"{CAPTURED[self.over]} {100 * least.median():.0f}%; the first at least as much in {wins} of {len(layers)}"
         )
         holds = wins > len(layers) / 2
-        return Answer(Outcome.HOLDS if holds else Outcome.FAILS, text, _model(layers), "diagnosis/layers.csv")
+        outcome = Outcome.HOLDS if holds else Outcome.FAILS
+        return Answer(outcome, text, _model(layers), LAYERS, rows=("layers",), figures=("captures",))
 
 
 CAPTURED = {
@@ -315,7 +348,9 @@ class GradientNorms(Question):
             f"{len(pairs)} pairs of runs"
         )
         outcome = {0: Outcome.FAILS, len(pairs): Outcome.HOLDS}.get(less, Outcome.OPEN)
-        return Answer(outcome, text, "small scale", SUITES, "more seeds" if outcome == Outcome.OPEN else "")
+        decides = "more seeds" if outcome == Outcome.OPEN else ""
+        suites = _tables(pairs.index.get_level_values("train_on"))
+        return Answer(outcome, text, "small scale", SUITES, decides, suites, ("gradient_norms",))
 
 
 class Headline(Question):
@@ -347,6 +382,8 @@ class Headline(Question):
             "the paper's own numbers, not reproduced",
             "published",
             f"`diablo-theory train experiments/{self.run}` and its neighbours ({needs})",
+            (f"published-{self.suite}",),
+            PUBLISHED_FIGURES.get(self.suite, ()),
         )
 
     def _margins(self, rows: pd.DataFrame, table: str) -> str:
@@ -382,7 +419,8 @@ class Quotes(Question):
         also = "".join(f"; {number}: {way}" for way, number in others.items())
         text = f"{right} of {len(rows)} quotes are the true count{also}"
         outcome = Outcome.HOLDS if right == len(rows) else Outcome.FAILS
-        return Answer(outcome, text, "exact counts on the models' shapes", "counts.csv")
+        where = "exact counts on the models' shapes"
+        return Answer(outcome, text, where, "counts.csv", rows=("parameters",), figures=("published_parameters",))
 
 
 AnyQuestion = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from itertools import groupby
 from pathlib import Path
@@ -17,9 +18,13 @@ from rich.text import Text
 from diablo_theory.files import write_text, write_with
 from diablo_theory.reporting.claims import readable_claims
 from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.figures import ENTRIES
+from diablo_theory.reporting.figures import plans as plans_of_papers
 from diablo_theory.reporting.findings import Finding, findings
-from diablo_theory.reporting.overview import CLAIMS_TEXT, Part, counted, decided_claims, grouped_claims, overview
-from diablo_theory.reporting.plots import save_figures, scale_note
+from diablo_theory.reporting.overview import CLAIMS_TEXT, counted, decided_claims, grouped_claims, overview
+from diablo_theory.reporting.parts import Part
+from diablo_theory.reporting.plans import save_plans
+from diablo_theory.reporting.plots import plans, scale_note
 from diablo_theory.reporting.results import ResultsData, by_method, collect, tidy_rows
 from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_tables, write_words
 from diablo_theory.reporting.terminal import ascii_text, terminal_table
@@ -39,13 +44,7 @@ CAPTIONS = {
     "cost": "Cost. Steps are timed in paired rounds in one process; the ratio is the median over rounds. "
     "Memory at rest is parameters and optimizer state; a step adds gradients and activations.",
     "learning_rates": "Learning-rate search, on validation problems that no score above uses.",
-}
-#: Where in the page what a claim's answer names as its source is shown.
-ANCHORS = {
-    "reproduced/theory/verdicts.csv": "theory",
-    "reproduced/suites": "suites",
-    "published": "suites",
-    "counts.csv": "parameters",
+    **{stem: entry.caption for stem, entry in ENTRIES.items()},
 }
 TABLE_NOTES = {
     "verdicts": "A claim must hold in every trial. A control breaks the premise on purpose, and its claim must fail: "
@@ -82,13 +81,19 @@ def write_report(results: Path, papers: Path | None = None, today: date | None =
     rows = tidy_rows(data)
     write_with(data.path / "rows.csv", lambda path: rows.to_csv(path, index=False))
     write_tables(tables, data.path / "tables")
-    written, skipped = save_figures(data, tables, data.path / "figures")
-    claims = {"claims": grouped_claims(decided), "claims_text": CLAIMS_TEXT, "anchors": ANCHORS}
+    others = {} if evidence is None else plans_of_papers(evidence)
+    written, skipped = save_plans(plans(data, tables) | others, data.path / "figures")
+    claims = {"claims": grouped_claims(decided), "claims_text": CLAIMS_TEXT}
     context = _context(data, tables, skipped) | {"parts": parts} | claims
     if decided:
         context["findings"] = [("Claims", [Finding("Claims", counted(decided))]), *context["findings"]]
         write_words(readable_claims(decided), data.path / "tables", "claims")
     images = {path.stem: path for path in written if path.suffix == ".png"}
+    context["targets"] = {
+        *(f"figure-{stem}" for stem in images),
+        *(name for part in parts for name in (part.id, *(name for shown in part.shown for name in shown.ids))),
+        *(name for name in context["row_ids"] if name),
+    }
     environment = Environment(
         loader=PackageLoader("diablo_theory.reporting", "."),
         undefined=StrictUndefined,
@@ -193,6 +198,7 @@ def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict
         "note": scale_note(data),
         "findings": _by_topic(findings(data, tables)),
         "tables": readable(tables),
+        "row_ids": _row_ids(tables),
         "table_notes": TABLE_NOTES,
         "captions": CAPTIONS,
         "skipped": {stem.replace("_", " "): why for stem, why in skipped.items()},
@@ -200,6 +206,12 @@ def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict
         "provenance": provenance(data),
         "rerun": _rerun(data.manifest),
     }
+
+
+def _row_ids(tables: Tables) -> list[str]:
+    """What claims call the rows of the verdicts' table by: of each check the first, and nothing for the others."""
+    ids = [f"check-{check}" for check in tables.verdicts.get("check", ())]
+    return [name if ids.index(name) == place else "" for place, name in enumerate(ids)]
 
 
 def _own_input(data: ResultsData) -> pd.DataFrame:
@@ -235,10 +247,10 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
     for heading, (table, pictures) in sections.items():
         body = [TABLE_NOTES[table]] if table in TABLE_NOTES and table in context["tables"] else []
         body += [markdown(context["tables"][table])] if table in context["tables"] else []
-        body += [f"![{CAPTIONS[p]}](figures/{p}.png)\n\n*{CAPTIONS[p]}*" for p in pictures if p in figures]
+        body += _pictures(pictures, figures)
         parts += [f"## {heading}", *body] if body else []
     for part in context["parts"]:
-        parts += _part_in_markdown(part)
+        parts += _part_in_markdown(part, figures)
     parts += [
         "## What was run where",
         markdown(pd.DataFrame(context["provenance"].items(), columns=["What", "Value"])),
@@ -248,11 +260,16 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _part_in_markdown(part: Part) -> list[str]:
+def _part_in_markdown(part: Part, figures: list[str]) -> list[str]:
     lines = [f"## {part.heading}", part.text]
-    for title, frame in part.tables:
-        lines += [f"**{title}**" if title else "", "" if frame.empty else markdown(frame)]
+    for shown in part.shown:
+        lines += [f"**{shown.title}**" if shown.title else "", "" if shown.frame.empty else markdown(shown.frame)]
+        lines += _pictures(shown.figures, figures)
     return [line for line in lines if line]
+
+
+def _pictures(wanted: Iterable[str], drawn: list[str]) -> list[str]:
+    return [f"![{CAPTIONS[stem]}](figures/{stem}.png)\n\n*{CAPTIONS[stem]}*" for stem in wanted if stem in drawn]
 
 
 def verdict_table(verdicts: pd.DataFrame) -> Table:

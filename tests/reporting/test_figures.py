@@ -33,7 +33,7 @@ def test_every_figure_is_kept_as_it_is_drawn_or_says_which_command_is_missing(tm
     """One test, since drawing all takes a while."""
     written, skipped = figures.draw_figures(SAVED, tmp_path)
     made = {path.stem for path in written}
-    assert made | set(skipped) == set(figures.plans(SAVED))
+    assert made | set(skipped) == set(figures.all_plans(SAVED))
     assert not made & set(skipped)
     for why in skipped.values():
         assert re.search(r"`diablo-theory \w+", why), why
@@ -48,7 +48,7 @@ def test_every_figure_is_kept_as_it_is_drawn_or_says_which_command_is_missing(tm
 def test_every_image_in_the_readme_has_a_producer():
     shown = set(re.findall(r"!\[[^\]]*\]\(figures/(\w+)\.\w+\)", (ROOT / "README.md").read_text()))
     assert shown
-    assert shown <= {stem for stem, plan in figures.plans(SAVED).items() if plan.available}
+    assert shown <= {stem for stem, plan in figures.all_plans(SAVED).items() if plan.available}
 
 
 def white_block(figure):
@@ -61,7 +61,7 @@ def moved_word(figure):
 
 @pytest.mark.parametrize("change", [white_block, moved_word])
 def test_the_comparison_sees_a_changed_look(tmp_path, change):
-    figure = figures.plans(SAVED)["method"].draw()
+    figure = figures.all_plans(SAVED)["method"].draw()
     change(figure)
     save_plans({"changed": Plan(lambda: figure, "")}, tmp_path)
     assert apart(KEPT / "method.png", tmp_path / "changed.png") > FEW
@@ -92,7 +92,7 @@ def test_without_saved_results_all_but_the_diagram_are_skipped(tmp_path):
 
 def test_no_folder_is_told():
     with pytest.raises(ResultsError, match="nowhere is no folder of saved results"):
-        figures.plans(Path("nowhere"))
+        figures.all_plans(Path("nowhere"))
 
 
 def test_data_without_anything_of_a_figures_kind_skip_it(tmp_path):

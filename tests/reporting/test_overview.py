@@ -3,6 +3,7 @@
 import re
 import shutil
 from datetime import date
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +36,7 @@ def page(full_results, tmp_path_factory):
 
 def test_the_page_has_the_claims_first_and_every_part(page, parts, saved):
     html = page.read_text()
-    headings = re.findall(r"<h2>(.*?)</h2>", html)
+    headings = list(map(unescape, re.findall(r"<h2>(.*?)</h2>", html)))
     assert headings[:3] == ["Summary", "Claims", "Theory"]
     assert html.count('<article class="claim"') == len(decided_claims(saved))
     assert {part.heading for part in parts.values()} <= set(headings)
@@ -54,6 +55,27 @@ def test_markdown_has_the_same_parts(page, parts):
     assert (page.parent / "tables" / "claims.tex").is_file()
 
 
+def test_every_answer_links_to_what_it_was_computed_from(page, saved):
+    html = page.read_text()
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    articles = dict(re.findall(r'<article class="claim" id="claim-([^"]+)">(.*?)</article>', html, re.DOTALL))
+    for found in decided_claims(saved):
+        links = re.findall(r'href="#([^"]+)"', articles[found.claim.id])
+        assert set(links) <= set(ids)
+        assert links or all(answer.source == "—" for answer in found.answers), found.claim.id
+    assert {"check-L2", "figure-verdicts"} <= set(re.findall(r'href="#([^"]+)"', articles["linear-expressivity"]))
+    row = re.search(r'<tr id="check-L2">(.*?)</tr>', html)[1]
+    assert "L2" in row
+    assert "<td>L2</td>" not in html.split('<tr id="check-L2">')[0]
+
+
+def test_every_published_suite_is_shown(parts, saved):
+    ids = {name for shown in parts["suites"].shown for name in shown.ids}
+    # What papers print of parameters alone stands beside true counts.
+    assert {f"published-{suite}" for suite in saved.published["suite"]} - ids == {"published-parameters"}
+
+
 def test_the_summary_counts_claims(saved):
     decided = decided_claims(saved)
     text = counted(decided)
@@ -63,7 +85,7 @@ def test_the_summary_counts_claims(saved):
 
 
 def test_published_numbers_say_where_they_stand_and_how_sure_they_are(parts, saved):
-    tables = dict(parts["suites"].tables)
+    tables = {shown.title: shown.frame for shown in parts["suites"].shown}
     table = tables["Commonsense reasoning: published, at full scale"]
     bars = table[table["How sure"] == "drawn, ± 0.05"]
     assert set(bars["Task"]) == {"Average"}
@@ -75,20 +97,20 @@ def test_published_numbers_say_where_they_stand_and_how_sure_they_are(parts, sav
 
 
 def test_every_suite_of_the_paper_is_there_reproduced_or_not(parts):
-    titles = [title for title, _ in parts["suites"].tables]
+    titles = [shown.title for shown in parts["suites"].shown]
     for suite in ("Code", "Safety", "Efficiency"):
         assert f"{suite}: published, at full scale" in titles
         assert f"{suite}: nothing reproduced here yet" in titles
 
 
 def test_conflicts_and_averages_that_do_not_add_up(parts):
-    (_, apart), (_, means) = parts["conflicts"].tables
+    apart, means = (shown.frame for shown in parts["conflicts"].shown)
     assert apart["Numbers that differ"].str.fullmatch(r"\d+ of \d+").all()
     assert means["Printed"].tolist() == ["82.5"]
 
 
 def test_deviations_are_those_of_readme(parts):
-    (_, frame) = parts["deviations"].tables[0]
+    frame = parts["deviations"].shown[0].frame
     assert {"ragged-blocks", "lora-budget", "s2ft-like"} <= set(frame["Name"])
     assert frame["What is done"].str.len().gt(30).all()
     assert not frame["What is done"].str.contains("\n").any()
@@ -98,7 +120,7 @@ def test_ages_are_counted_from_the_day_of_the_report(saved):
     made = pd.DataFrame(
         [{"input": "x", "date": "2030-01-01"}, {"input": "y", "date": ""}, {"input": "z", "date": "2030-01-02"}]
     )
-    (_, frame) = next(part for part in overview(saved, DAY, made) if part.id == "inputs").tables[0]
+    frame = next(part for part in overview(saved, DAY, made) if part.id == "inputs").shown[0].frame
     assert frame["Age"].tolist()[:3] == ["1 day", "—", "today"]
     assert frame["Made on"].tolist()[1] == "not noted"
     assert len(frame) == 3 + len(inputs(saved))

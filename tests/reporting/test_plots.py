@@ -3,7 +3,8 @@ import time
 
 import pytest
 
-from diablo_theory.reporting.plots import REPRODUCE, TUNE, save_figures
+from diablo_theory.reporting.plans import save_plans
+from diablo_theory.reporting.plots import REPRODUCE, TUNE, plans
 from diablo_theory.reporting.results import collect
 from diablo_theory.reporting.style import UNDATED, looks
 from diablo_theory.reporting.tables import build
@@ -13,7 +14,7 @@ STEMS = ["verdicts", "theory_map", "training", "results", "cost", "learning_rate
 
 def draw(results, folder):
     data = collect(results)
-    return save_figures(data, build(data), folder)
+    return save_plans(plans(data, build(data)), folder)
 
 
 def test_every_figure_twice_gives_the_same_bytes(small_results, tmp_path):
