@@ -19,9 +19,11 @@ from diablo_theory.reporting.published import read_published
 #: The matrices that each suite's runs adapt: the set that makes DiaBlo's quoted numbers come out, on some reading.
 #: Source: the authors' scripts (five), and for code and safety LoRI's, whose tables those rows come from (all seven).
 TARGETS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("commonsense", "arithmetic", "quantised", "parameters"), PAPER_TARGETS),
+    **dict.fromkeys(("commonsense", "arithmetic", "math_10k", "quantised", "parameters"), PAPER_TARGETS),
     **dict.fromkeys(("code", "safety"), MATRICES),
 }
+#: Methods with LoRA's two factors, which differ from it in where they start or what they stand on.
+_AS_LORA = ("milora", "qlora", "gptq-lora", "apiq", "loftq")
 _KNOB = re.compile(r"\b[rN]=(\d+)")
 
 
@@ -49,7 +51,7 @@ def count_published(folder: Path) -> pd.DataFrame:
 
 
 def _is_known(row: Mapping[Any, Any]) -> bool:
-    of_method = row["method"] in methods.FAMILIES and row["suite"] in TARGETS
+    of_method = (row["method"] in methods.FAMILIES or row["method"] in _AS_LORA) and row["suite"] in TARGETS
     return of_method and row["model"] in KNOWN and _knob(row) is not None
 
 
@@ -60,7 +62,7 @@ def _knob(row: Mapping[Any, Any]) -> int | None:
 
 
 def _counted(row: Mapping[Any, Any]) -> dict[str, Any]:
-    found, whole = _trained(row, row["method"])
+    found, whole = _trained(row, "lora" if row["method"] in _AS_LORA else row["method"])
     # Papers quote DoRA with LoRA's count, too.
     bare = _trained(row, "lora")[0] if row["method"] == "dora" else None
     return {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from diablo_theory.errors import ResultsError
+from diablo_theory.errors import ConfigError, ResultsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,15 @@ def paper_results() -> Path | None:
     """The repository's folder of published and saved results; None where the package is installed without it."""
     folder = Path(__file__).resolve().parents[1] / "paper_results"
     return folder if (folder / "claims.yaml").is_file() else None
+
+
+def experiments_folder() -> Path:
+    """The folder of run files: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "experiments", package / "experiments"):
+        if (folder / "defaults.yaml").is_file():
+            return folder
+    raise ConfigError(f"experiments/defaults.yaml is missing beside {package}: reinstall or repair the checkout")
 
 
 @contextmanager

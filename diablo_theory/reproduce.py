@@ -15,9 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory import __version__, bench, methods
 from diablo_theory.errors import ConfigError, NonFiniteError, ResultsError, nearest
-from diablo_theory.files import locked, paper_results, read_json, remove_partial, write_json, write_with
+from diablo_theory.files import (
+    experiments_folder,
+    locked,
+    paper_results,
+    read_json,
+    remove_partial,
+    write_json,
+    write_with,
+)
 from diablo_theory.finetune import models, runs
-from diablo_theory.finetune.config import RunConfig, experiments_folder, read_run_file, resolve
+from diablo_theory.finetune.config import RunConfig, read_run_file, resolve
 from diablo_theory.finetune.folder import check_owner, finished
 from diablo_theory.methods import Method
 from diablo_theory.progress import Board

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory.errors import ConfigError, NonFiniteError
-from diablo_theory.files import read_json, write_with
+from diablo_theory.files import experiments_folder, read_json, write_with
 from diablo_theory.finetune import runs
-from diablo_theory.finetune.config import experiments_folder, overridden, read_run_file
+from diablo_theory.finetune.config import overridden, read_run_file
 from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.methods import Method
 from diablo_theory.progress import Board

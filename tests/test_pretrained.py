@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from diablo_theory.files import experiments_folder
 from diablo_theory.finetune import models, runs
-from diablo_theory.finetune.config import experiments_folder, load_run
+from diablo_theory.finetune.config import load_run
 from diablo_theory.tuner import DiaBloConfig, DiaBloLinear
 
 pytestmark = pytest.mark.model

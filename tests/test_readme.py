@@ -2,15 +2,20 @@
 
 import re
 import runpy
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from diablo_theory.cli import app
-from diablo_theory.reporting.results import collect
+from diablo_theory.reporting.claims import readable_claims
+from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.overview import decided_claims, overview
+from diablo_theory.reporting.report import named_tables
+from diablo_theory.reporting.results import collect, tidy_rows
 from diablo_theory.reporting.speeds import read_speeds
-from diablo_theory.reporting.tables import build
+from diablo_theory.reporting.tables import build, write_all, write_tables
 from diablo_theory.theory.checks import run_checks
 from diablo_theory.theory.maps import Grid, map_cells
 
@@ -22,6 +27,24 @@ def test_tables_are_those_of_the_saved_results():
     script = runpy.run_path(str(ROOT / "figures" / "make_figures.py"))
     saved = build(collect(script["SAVED"])), read_speeds(script["SPEEDS"]), script["STEPS"]
     assert script["with_tables"](README, *saved, script["saved_suites"]()) == README
+
+
+def test_the_saved_rows_and_tables_are_those_of_the_saved_results(tmp_path):
+    saved = ROOT / "paper_results" / "reproduced"
+    data = collect(saved)
+    tidy_rows(data).to_csv(tmp_path / "rows.csv", index=False)
+    write_tables(build(data), tmp_path / "tables")
+    evidence = Evidence(saved, saved.parent)
+    write_all(readable_claims(decided_claims(evidence)), tmp_path / "tables", "claims")
+    for name, frame in named_tables(overview(evidence, date(2030, 1, 1), pd.DataFrame(columns=["input", "date"]))):
+        if name != "inputs":  # it says how old they are today
+            write_all(frame, tmp_path / "tables", name)
+    made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*.*") if path.suffix != ".html"}
+    again = "run `diablo-theory report --out paper_results/reproduced`"
+    kept = {path.name for path in (saved / "tables").iterdir() if path.suffix != ".html" and path.stem != "inputs"}
+    assert kept == {path.name for path in made} - {"rows.csv"}, again
+    for name, path in made.items():
+        assert path.read_text() == (saved / name).read_text(), f"{name}: {again}"
 
 
 def test_the_saved_theory_is_what_the_code_says():

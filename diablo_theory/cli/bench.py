@@ -150,4 +150,4 @@ def _made_with(device: torch.device) -> dict[str, Any]:
     from diablo_theory.reporting.speeds import PROVENANCE
 
     here = provenance(device)
-    return {key: here[key] for key in (*PROVENANCE, "cpu_kernels")}
+    return {key: here[key] for key in (*PROVENANCE, "date", "cpu_kernels")}

@@ -271,8 +271,7 @@ def show(
     Example: `diablo-theory show results/runs/word_problems/lora --errors -n 3`
     """
     from diablo_theory.errors import ConfigError, ResultsError, nearest
-    from diablo_theory.files import read_json
-    from diablo_theory.finetune.config import experiments_folder
+    from diablo_theory.files import experiments_folder, read_json
     from diablo_theory.finetune.folder import state
     from diablo_theory.reading import read_yaml
     from diablo_theory.records import CONFIG, ERROR, PREDICTIONS, read_predictions

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from diablo_theory.errors import ConfigError, nearest, refusal
+from diablo_theory.files import experiments_folder
 from diablo_theory.finetune.tasks import TASKS, Protocol
 from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig
@@ -130,15 +131,6 @@ def require_warmup(warmup: float, steps: int) -> None:
         raise ConfigError(
             f"warmup_steps {warmup:g} must be below the {steps} steps of the run, or below 1 for a share of them"
         )
-
-
-def experiments_folder() -> Path:
-    """The folder of run files: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "experiments", package / "experiments"):
-        if (folder / "defaults.yaml").is_file():
-            return folder
-    raise ConfigError(f"experiments/defaults.yaml is missing beside {package}: reinstall or repair the checkout")
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:

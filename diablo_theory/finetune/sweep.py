@@ -15,10 +15,9 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError, refusal
-from diablo_theory.files import locked, write_text
+from diablo_theory.files import experiments_folder, locked, write_text
 from diablo_theory.finetune.config import (
     RunConfig,
-    experiments_folder,
     overridden,
     read_run_file,
     small_scale,

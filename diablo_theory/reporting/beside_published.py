@@ -13,8 +13,6 @@ from diablo_theory.reporting.published_bars import averages, origins
 from diablo_theory.reporting.style import WIDTH, styled
 from diablo_theory.reporting.tables import task_name
 
-SMALL = "Filled, on a tinted ground: run here, small scale, with 95% intervals; not comparable in height."
-
 
 @styled
 def quantised(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure:
@@ -40,8 +38,7 @@ def quantised(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figur
     panels[1].set_xlabel("average after training on Math10K, %")
     if own is not None:
         _own(panels[2], own)
-    small = "" if own is None else SMALL
-    foot(figure, origins(shown), small, "Beside names: trainable parameters as quoted.")
+    foot(figure, origins(shown), _here(own), "Beside names: trainable parameters as quoted.")
     return figure
 
 
@@ -71,9 +68,15 @@ def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure
             axes.set_title(f"{shown['model'].iloc[0]}, 1/64 of the entries: published")
     if own is not None:
         _own(figure.add_subplot(grid[1, :]), own)
-    small = "" if own is None else SMALL
-    foot(figure, origins(shown), small, "Hardware of the published minutes: not stated.")
+    foot(figure, origins(shown), _here(own), "Hardware of the published minutes: not stated.")
     return figure
+
+
+def _here(section: pd.DataFrame | None) -> str:
+    if section is None:
+        return ""
+    scales = " and ".join(dict.fromkeys(section["scale"]))
+    return f"Filled, on a tinted ground: run here, {scales} scale, with 95% intervals; not comparable in height."
 
 
 def _own(axes: Axes, section: pd.DataFrame) -> None:
@@ -86,6 +89,6 @@ def _own(axes: Axes, section: pd.DataFrame) -> None:
         names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
     own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
     what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
-    models = ", ".join(dict.fromkeys(table["model"]))
-    axes.set(title=f"{what}, small scale ({models}): run here", xlabel="exact match, %", xlim=(0, 118))
+    models, scales = (", ".join(dict.fromkeys(table[name])) for name in ("model", "scale"))
+    axes.set(title=f"{what}, {scales} scale ({models}): run here", xlabel="exact match, %", xlim=(0, 118))
     axes.set_xticks(range(0, 101, 20))

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.captures import short_name
 from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, WIDTH, styled
 
-COLUMNS = (
-    "layer",
-    "num_blocks",
-    "tokens",
-    "premise_holds",
-    "grad_full",
-    "grad_blocks",
-    "amplification",
-    "leak",
-    "bound",
-)
+#: What the figure shows of a layer.
+COLUMNS: dict[str, Kind] = {
+    "layer": "text",
+    "num_blocks": "number",
+    "tokens": "number",
+    "premise_holds": "flag",
+    **dict.fromkeys(("grad_full", "grad_blocks", "amplification", "leak", "bound"), "number"),
+}
 
 
-def read_layers(file: Path, columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
+def read_layers(file: Path, columns: Mapping[str, Kind] = COLUMNS) -> pd.DataFrame:
     """A table that ``diablo-theory diagnose --out`` wrote.
 
     Args:
@@ -34,17 +32,9 @@ def read_layers(file: Path, columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
         columns: What it must have.
 
     Raises:
-        ResultsError: If it cannot be read, is empty or lacks a column.
+        ResultsError: See :func:`~.saved_tables.read_table`.
     """
-    try:
-        table = pd.read_csv(file)
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}); `diablo-theory diagnose` writes it") from error
-    missing = [name for name in columns if name not in table]
-    if missing or table.empty:
-        why = f"lacks the column(s) {', '.join(missing)}" if missing else "has no rows"
-        raise ResultsError(f"{file} {why}; `diablo-theory diagnose` writes it")
-    return table
+    return read_table(file, columns, "diablo-theory diagnose")
 
 
 @styled
@@ -78,7 +68,7 @@ def certificates(layers: pd.DataFrame) -> Figure:
     axes.set_xlabel("in units of the layer's full gradient")
     figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
     tokens, count = int(shown["tokens"].max()), int(shown["num_blocks"].iloc[0])
-    what = f"N = {count}, {tokens:,} tokens, layers of one model; small scale."
+    what = f"N = {count}, {tokens:,} tokens, {len(shown)} layers of one model."
     star = "*: the premise (every X_i has the rank of X) fails, so that a leak remains."
     foot(figure, "S3: the full gradient is at most the bound.", what, star)
     return figure

@@ -91,7 +91,7 @@ def _answer(question: AnyQuestion, evidence: Evidence) -> Answer:
     try:
         return question.ask(evidence)
     except NotMadeError as missing:
-        return Answer(Outcome.OPEN, str(missing), "—", "—", "the command named")
+        return Answer(Outcome.OPEN, str(missing), "—", "—", missing.command)
 
 
 def readable_claims(decided: list[Decided]) -> pd.DataFrame:

@@ -11,11 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import WIDTH, Look, looks, styled
 
-COLUMNS = ("premise", "rank", "method", "parameters", "step", "iteration", "excess", "floor", "left", "factor")
+COLUMNS: dict[str, Kind] = {
+    **dict.fromkeys(("premise", "method"), "text"),
+    **dict.fromkeys(("rank", "parameters", "iteration", "excess", "floor"), "number"),
+    **dict.fromkeys(("step", "left", "factor"), "optional"),
+}
 _NAMES = {"full": "Full", "diablo": "DiaBlo", "lora": "LoRA", "lora-frozen-a": "LoRA, frozen A"}
 _TITLES = {"holds": "Premise holds", "fails": "Premise fails"}
 _LEAST = 1e-13  # of the first excess: below it differences are rounding
@@ -25,16 +29,9 @@ def read_descent(folder: Path) -> pd.DataFrame:
     """What ``diablo-theory descend`` wrote.
 
     Raises:
-        ResultsError: If the file cannot be read or lacks a column.
+        ResultsError: See :func:`~.saved_tables.read_table`.
     """
-    file = folder / "descent.csv"
-    try:
-        table = pd.read_csv(file)
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}); `diablo-theory descend` writes it") from error
-    if missing := [name for name in COLUMNS if name not in table]:
-        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}; `diablo-theory descend` writes it")
-    return table
+    return read_table(folder / "descent.csv", COLUMNS, "diablo-theory descend")
 
 
 @styled

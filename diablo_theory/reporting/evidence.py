@@ -10,20 +10,37 @@ from pathlib import Path
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.files import experiments_folder
+from diablo_theory.reading import read_yaml
 from diablo_theory.reporting.certificates import read_layers
 from diablo_theory.reporting.comparisons import differences, experiments, scores
 from diablo_theory.reporting.parameters import read_counts
-from diablo_theory.reporting.published import read_published
+from diablo_theory.reporting.published import conflicts, read_published
+from diablo_theory.reporting.results import read_verdicts
+from diablo_theory.reporting.saved_tables import Kind
 from diablo_theory.reporting.steps import read_steps
 from diablo_theory.reporting.suite_tables import build_sections, of_tests
 from diablo_theory.reporting.suites import Suites, read_suites
 
 #: What a real model's layers say: columns of layers.csv that claims ask for.
-_LAYERS = ("layer", "premise_holds", "block_rows", "energy_rank", "num_blocks", "tokens", "tightness", "leak_share")
+_LAYERS: dict[str, Kind] = {
+    "layer": "text",
+    "premise_holds": "flag",
+    **dict.fromkeys(("block_rows", "energy_rank", "num_blocks", "tokens", "tightness", "leak_share"), "number"),
+    **dict.fromkeys((f"capture_{name}" for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")), "number"),
+}
 
 
 class NotMadeError(ResultsError):
-    """Nothing saved to decide a question by; the message names the command that would make it."""
+    """Nothing saved to decide a question by.
+
+    Attributes:
+        command: What would make it, which the message names too.
+    """
+
+    def __init__(self, what: str, command: str) -> None:
+        super().__init__(f"{what}; {command} makes it")
+        self.command = command
 
 
 @dataclass(frozen=True)
@@ -47,18 +64,19 @@ class Evidence:
     @cached_property
     def verdicts(self) -> pd.DataFrame:
         """Trials of the theory checks: check, role, passed, ..."""
-        file = self.results / "theory" / "verdicts.csv"
-        _require(file, "diablo-theory reproduce")
-        try:
-            return pd.read_csv(file)
-        except (ValueError, OSError) as error:
-            raise ResultsError(f"{file} cannot be read ({error})") from error
+        _require(self.results / "theory" / "verdicts.csv", "diablo-theory reproduce")
+        return read_verdicts(self.results)
 
     @cached_property
     def published(self) -> pd.DataFrame:
         """Published rows, with their files."""
         _require(self.papers / "published", "git checkout, since published numbers are a part of the repository")
         return read_published(self.papers / "published")
+
+    @cached_property
+    def conflicts(self) -> pd.DataFrame:
+        """Published rows that ought to be the same and are not, see :func:`~.published.conflicts`."""
+        return conflicts(self.published)
 
     @cached_property
     def counts(self) -> pd.DataFrame:
@@ -88,15 +106,19 @@ class Evidence:
 
     @cached_property
     def differences(self) -> pd.DataFrame:
-        """Every experiment's score minus DiaBlo's, with what the experiment is."""
-        about = ["experiment", "suite", "method", "label", "base", "scale", "num_blocks", "learning_rate"]
-        return differences(self.suites).merge(self.scores[about].drop_duplicates("experiment"), on="experiment")
+        """Every experiment's score minus DiaBlo's, with what the experiment is; DiaBlo's own score as ``diablo``."""
+        about = ["experiment", "suite", "model", "method", "label", "base", "scale", "num_blocks", "learning_rate"]
+        about += ["diverged"]
+        own = self.scores[["experiment", "task", "metric", "value"]]
+        own = own.rename(columns={"experiment": "reference", "value": "diablo"})
+        found = differences(self.suites).merge(own, on=["reference", "task", "metric"])
+        return found.merge(self.scores[about].drop_duplicates("experiment"), on="experiment")
 
     @cached_property
     def training(self) -> pd.DataFrame:
         """Every step of every collected run, with the run's method, task, seed and experiment."""
         named = experiments(self.suites).merge(
-            self.suites.configs[["run_id", "suite", "method", "train_on", "seed", "scale"]], on="run_id"
+            self.suites.configs[["run_id", "suite", "method", "train_on", "seed", "scale", "state"]], on="run_id"
         )
         return self.suites.training.merge(named, on="run_id")
 
@@ -110,19 +132,21 @@ class Evidence:
         """Hardware and time of a run, as the head of its file says; `diablo-theory plan` has computed both.
 
         Args:
-            run: The file, below the repository's ``experiments``.
+            run: The file, below ``experiments``.
 
         Raises:
             ResultsError: If there is no such file, or its head does not say.
         """
-        file = self.papers.parent / "experiments" / run
-        if not file.is_file():
-            raise ResultsError(f"there is no run file {file}")
+        file = _run_file(run)
         head = file.read_text(encoding="utf-8")
         hardware, time = (re.search(rf"^# {name}: ([^;\n]*)", head, re.MULTILINE) for name in ("Hardware", "Time"))
         if hardware is None or time is None:
             raise ResultsError(f"{file} does not say in its head what hardware and time it needs")
         return f"{hardware[1]}, {time[1]}"
+
+    def model(self, run: str) -> str:
+        """The model of a run file, as collected runs name it; arguments and errors are those of :meth:`needs`."""
+        return str(read_yaml(_run_file(run)).get("model", ""))
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -132,6 +156,13 @@ class Evidence:
         return read_layers(file, _LAYERS)
 
 
+def _run_file(run: str) -> Path:
+    file = experiments_folder() / run
+    if not file.is_file():
+        raise ResultsError(f"there is no run file {file}")
+    return file
+
+
 def _require(path: Path, command: str) -> None:
     if not path.exists():
-        raise NotMadeError(f"nothing is saved in {path.parent.name}/{path.name}; `{command}` makes it")
+        raise NotMadeError(f"nothing is saved in {path.parent.name}/{path.name}", f"`{command}`")

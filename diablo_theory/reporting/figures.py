@@ -21,6 +21,7 @@ from diablo_theory.reporting.method_diagram import method_diagram
 from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
 from diablo_theory.reporting.published_parameters import parameters
 from diablo_theory.reporting.results import ResultsData, collect
+from diablo_theory.reporting.saved_tables import Kind
 from diablo_theory.reporting.steps import draw_steps, summarise
 from diablo_theory.reporting.suite_plots import TITLES, methods, settings
 from diablo_theory.reporting.suites import ROWS
@@ -36,6 +37,9 @@ _BENCH = "`diablo-theory bench --out paper_results/steps` produces"
 _TRANSCRIBED = "transcribed by hand and kept in the repository, which has"
 _PUBLISHED, _COUNTS, _STEPS = "published", "counts.csv", "steps/contenders.csv"
 _SUITES = f"reproduced/suites/{ROWS}"
+
+
+_CAPTURES: dict[str, Kind] = {"layer": "text", "method": "text", "start": "text", "capture": "number"}
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,13 @@ ENTRIES = {
         lambda saved: beside_published.quantised(saved.published, saved.sections),
         (_PUBLISHED,),
         _TRANSCRIBED,
-        "Quantised bases: published scores, and what small runs gave, each on an axis of its own.",
+        "Quantised bases: published scores, and what was run here, each on an axis of its own.",
     ),
     "published_patterns": Entry(
         lambda saved: beside_published.patterns(saved.published, saved.sections),
         (_PUBLISHED,),
         _TRANSCRIBED,
-        "Sparsity patterns at equal counts: published scores, and what small runs gave, each on an axis of its own.",
+        "Sparsity patterns at equal counts: published scores, and what was run here, each on an axis of its own.",
     ),
     "published_parameters": Entry(
         lambda saved: parameters(saved.published, saved.counts),
@@ -116,9 +120,7 @@ ENTRIES = {
         "A real model's layers: what bounds the full gradient (S3), in its own units.",
     ),
     "captures": Entry(
-        lambda saved: capture_figure(
-            read_layers(saved.papers / "diagnosis" / "captures.csv", ("layer", "method", "start", "capture"))
-        ),
+        lambda saved: capture_figure(read_layers(saved.papers / "diagnosis" / "captures.csv", _CAPTURES)),
         ("diagnosis/captures.csv",),
         _DIAGNOSE,
         "A real model's layers: what each method could capture of the change that full fine-tuning asks for.",
@@ -127,19 +129,19 @@ ENTRIES = {
         lambda saved: methods(_some(saved, ("methods",))["methods"], _note(saved)),
         (_SUITES,),
         _COLLECT,
-        "Methods at small scale: scores and differences to DiaBlo, with 95% intervals over problems and seeds.",
+        "Methods that were run here: scores with 95% intervals over problems and seeds.",
     ),
     "suites_settings": Entry(
         lambda saved: settings(_some(saved, TITLES), _note(saved)),
         (_SUITES,),
         _COLLECT,
-        "At small scale: numbers of blocks, sparsity patterns, quantised bases, learning rates.",
+        "Run here: numbers of blocks, sparsity patterns, quantised bases, learning rates.",
     ),
     "gradient_norms": Entry(
         lambda saved: gradient_norms(saved.suites, _note(saved)),
         (_SUITES,),
         _COLLECT,
-        "Gradient norms of the small runs, of LoRA's two factors apart.",
+        "Gradient norms of the runs, of LoRA's two factors apart.",
     ),
 }
 
@@ -197,5 +199,7 @@ def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:
 
 def _note(saved: Evidence) -> str:
     """Which models were run here, at which scale."""
-    models, scales = (" and ".join(dict.fromkeys(saved.suites.configs[name])) for name in ("model", "scale"))
-    return f"{scales.capitalize()} scale: {models}; not comparable to the paper's 7B numbers."
+    configs = saved.suites.configs
+    models, scales = (" and ".join(dict.fromkeys(configs[name])) for name in ("model", "scale"))
+    warning = "; not comparable to the paper's 7B numbers" if "small" in set(configs["scale"]) else ""
+    return f"{scales.capitalize()} scale: {models}{warning}."

@@ -54,6 +54,12 @@ class Estimate:
         """Whether the interval contains zero (or is unknown): for a difference, "no difference seen"."""
         return not (self.low > 0.0 or self.high < 0.0)
 
+    def within(self, low: float = -np.inf, high: float = np.inf) -> bool | None:
+        """Whether the whole interval lies between two limits; None where a part of it does."""
+        if self.low >= low and self.high <= high:
+            return True
+        return False if self.high < low or self.low > high else None
+
 
 def wilson(successes: int, n: int) -> Estimate:
     """Wilson's interval for a proportion, in per cent.

@@ -21,7 +21,6 @@ from diablo_theory.reporting.published import (
     METHOD_NAMES,
     OTHER_METRICS,
     PUBLISHED_FIGURES,
-    conflicts,
     odd_averages,
 )
 from diablo_theory.reporting.questions import Outcome
@@ -130,8 +129,8 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
     if sections:
         shown.append(Shown("Reproduced, in pictures", figures=("suites_methods", "suites_settings", "gradient_norms")))
     text = (
-        "Published numbers are of models of 7 to 13 billion parameters and were not reproduced here; beside them "
-        "stand runs of the same methods at small scale, whose scores must not be compared with theirs. How sure: "
+        "Published numbers are of models of 7 to 13 billion parameters; beside them stand runs of the same methods, "
+        "each with its model and scale. Scores of small ones must not be compared with published ones. How sure: "
         "printed where the source says; quoted in somebody's note about it; or drawn, with the error of reading. "
         f"{NOTE}"
     )
@@ -189,7 +188,8 @@ def _parameters(evidence: Evidence) -> Iterable[Part]:
     if counts is not None:
         text = (
             "What papers print of trainable parameters, counted again on the models' true shapes. With grouped-query "
-            "attention the key and value matrices are narrower than the query's."
+            "attention the key and value matrices are narrower than the query's. Quotes without a rank or N are not "
+            "counted, nor those of methods that are unknown here."
         )
         shown = Shown("", readable_counts(counts), figures=("published_parameters",))
         yield Part("parameters", "Trainable parameters", text, [shown])
@@ -199,7 +199,7 @@ def _conflicts(evidence: Evidence) -> Iterable[Part]:
     published = made(evidence, "published")
     if published is None:
         return
-    found, odd = conflicts(published), odd_averages(published)
+    found, odd = evidence.conflicts, odd_averages(published)
     apart = pd.DataFrame(
         {
             "Suite": found["suite"],
@@ -242,7 +242,8 @@ def inputs(evidence: Evidence) -> pd.DataFrame:
     """What the saved results were made from: a row an input, commit, machine and date.
 
     Returns:
-        Columns input, runs, seeds, date (ISO, or empty where it was not noted), commit, dirty, cpu, device, torch,
+        Columns input, runs, seeds, date (ISO, or empty where it was not noted) and last (where it was made on several
+        days), commit, dirty, cpu, device, torch,
         peft, transformers.
     """
     rows: list[dict[str, Any]] = []
@@ -253,21 +254,22 @@ def inputs(evidence: Evidence) -> pd.DataFrame:
             seeds = ", ".join(map(str, sorted(set(group["seed"]))))
             about = {"input": "collected runs", "runs": len(group), "seeds": seeds}
             dates = sorted(str(day) for day in group["date"].dropna())
-            rows.append(about | dict(zip(keys, values, strict=True)) | {"date": dates[-1] if dates else ""})
+            days = {"date": dates[0], "last": dates[-1]} if dates else {}
+            rows.append(about | dict(zip(keys, values, strict=True)) | days)
     steps = made(evidence, "steps")
     if steps is not None:
         for row in steps[1].drop_duplicates(["commit", "cpu"]).to_dict("records"):
-            rows.append(
-                {"input": "step benchmark"} | {key: row.get(key) for key in ("commit", "dirty", "cpu", "torch")}
-            )
-    file = evidence.papers / "diagnosis" / "diagnose.json"
-    if file.is_file():
-        rows.append({"input": "a real model's layers"} | {key: read_json(file).get(key) for key in _INPUT_KEYS})
+            rows.append({"input": "step benchmark"} | {key: row.get(key) for key in _INPUT_KEYS})
+    for what, name in _DATED.items():
+        if (file := evidence.papers / name).is_file():
+            rows.append({"input": what} | {key: read_json(file).get(key) for key in _INPUT_KEYS})
     return pd.DataFrame(rows, columns=list(_INPUTS))
 
 
 _INPUT_KEYS = ("date", "commit", "dirty", "cpu", "device", "torch", "peft", "transformers")
-_INPUTS = ("input", "runs", "seeds", *_INPUT_KEYS)
+_INPUTS = ("input", "runs", "seeds", "last", *_INPUT_KEYS)
+#: Measurements that say in a file of their own when and where they were made.
+_DATED = {"a real model's layers": "diagnosis/diagnose.json", "gradient descent": "descent/provenance.json"}
 
 
 def _ages(dates: pd.DataFrame, today: date) -> Iterable[Part]:
@@ -283,7 +285,7 @@ def _ages(dates: pd.DataFrame, today: date) -> Iterable[Part]:
                 "Input": row["input"],
                 "Runs": str(row["runs"] or "—"),
                 "Seeds": str(row["seeds"]) or "—",
-                "Made on": str(row["date"])[:10] or "not noted",
+                "Made on": _days(str(row["date"])[:10], str(row.get("last", ""))[:10]),
                 "Age": _age(str(row["date"])[:10], today),
                 "Commit": commit or "—",
                 "Machine": ", ".join(str(row[name]) for name in ("cpu", "device") if row[name]),
@@ -291,6 +293,10 @@ def _ages(dates: pd.DataFrame, today: date) -> Iterable[Part]:
             }
         )
     yield Part("inputs", "How old the inputs are, and where they were made", text, [Shown("", pd.DataFrame(lines))])
+
+
+def _days(first: str, last: str) -> str:
+    return " to ".join(dict.fromkeys(day for day in (first, last) if day)) or "not noted"
 
 
 def _age(made: str, today: date) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.saved_tables import Kind, read_table
 
 #: Of a table of counts, with what each column holds.
 COUNTS = {
@@ -43,20 +43,17 @@ def read_counts(file: Path) -> pd.DataFrame:
     Raises:
         ResultsError: If the file cannot be read or lacks a column.
     """
-    try:
-        counts = pd.read_csv(file)
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}); `diablo-theory count` writes it") from error
-    if missing := [name for name in COUNTS if name not in counts]:
-        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}; `diablo-theory count` writes it")
-    return counts[list(COUNTS)]
+    kinds: dict[str, Kind] = dict.fromkeys(COUNTS, "optional")
+    kinds |= dict.fromkeys(("suite", "model", "method", "setting", "file", "matrices"), "text")
+    kinds |= dict.fromkeys(("params", "pct", "pct_wide_kv", "pct_of_all"), "number")
+    return read_table(file, kinds, "diablo-theory count")[list(COUNTS)]
 
 
 def reading(row: Mapping[Any, Any]) -> str:
     """Which way of counting gives a quoted percentage, to the digits that are quoted; empty if none does."""
     if pd.isna(row["quoted_pct"]):
         return READINGS["pct"] if abs(row["params"] / row["quoted_params"] - 1) < 0.005 else ""
-    digits = len(f"{row['quoted_pct']:g}".partition(".")[2]) or 2
+    digits = max(2, len(f"{row['quoted_pct']:g}".partition(".")[2]))  # 0.70 is read as 0.7
     return next(
         (how for key, how in READINGS.items() if abs(row[key] - row["quoted_pct"]) <= 0.5001 * 10**-digits), ""
     )
@@ -66,7 +63,7 @@ def readable_counts(counts: pd.DataFrame) -> pd.DataFrame:
     """Counts in words, a line each."""
     lines = counts.to_dict("records")
     quoted = [
-        f"{line['quoted_params'] / 1e6:g} M" if pd.isna(line["quoted_pct"]) else f"{line['quoted_pct']:g}%"
+        f"{line['quoted_params'] / 1e6:g} M" if pd.isna(line["quoted_pct"]) else f"{line['quoted_pct']:.2f}%"
         for line in lines
     ]
     return pd.DataFrame(

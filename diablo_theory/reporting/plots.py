@@ -27,8 +27,9 @@ TUNE = "no learning-rate search saved in this folder; `diablo-theory tune TASK -
 def scale_note(data: ResultsData) -> str:
     """One line that says on the figure what its numbers stand for."""
     model = data.manifest.get("model", {}).get("name", "unknown model")
-    scale = "Small-scale run" if data.manifest.get("scale") == "small" else "Full-scale run"
-    warning = "; not comparable to the paper's 7B numbers" if data.manifest.get("scale") == "small" else ""
+    small = data.manifest.get("scale", "small") == "small"
+    scale = "Small-scale run" if small else "Full-scale run"
+    warning = "; not comparable to the paper's 7B numbers" if small else ""
     return f"{scale}: {model}, profile {data.manifest.get('profile', 'unknown')}{warning}"
 
 

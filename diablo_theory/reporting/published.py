@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from diablo_theory.errors import ResultsError, nearest
-from diablo_theory.reporting.results import COLUMNS, PERCENT_METRICS, validate_rows
+from diablo_theory.reporting.results import COLUMNS, KEY, PERCENT_METRICS, validate_rows
 
 #: Metrics that only published rows have, with their units.
 OTHER_METRICS = {
@@ -54,6 +54,18 @@ METHOD_NAMES = {
     "rslora": "rsLoRA",
     "lora-ga": "LoRA-GA",
     "adalora": "AdaLoRA",
+    "svd-principal": "principal singular components",
+    "svd-minor": "minor singular components",
+    "svd-random": "random singular components",
+    "qpissa": "QPiSSA",
+    "zero-shot": "the model asked without examples",
+    "rtn": "rounding to nearest",
+    "optq": "OPTQ",
+    "omniquant": "OmniQuant",
+    "magr": "MagR",
+    "magr-rtn": "MagR with rounding to nearest",
+    "magr-optq": "MagR with OPTQ",
+    "magr-optq-cd": "MagR with OPTQ and coordinate descent",
 }
 #: Name of a mean over the other tasks of the same row of a table.
 AVERAGE = "average"
@@ -92,7 +104,11 @@ def read_published(folder: Path) -> pd.DataFrame:
     if not files:
         raise ResultsError(f"{folder} holds no published numbers: no CSV file")
     rows = pd.concat([_read(file).assign(file=file.stem) for file in files], ignore_index=True)
-    validate_rows(rows.drop(columns="file"))  # no number twice, whichever files they are in
+    again = rows.duplicated(subset=list(KEY), keep=False)  # no number twice, whichever files they are in
+    if again.any():
+        _, same = next(iter(rows[again].groupby(list(KEY), dropna=False, sort=False)))
+        where, row = " and ".join(f"{name}.csv" for name in same["file"]), same.iloc[0]
+        raise ResultsError(f"{folder}: {where} have the same number of {row['setting']} on {row['table']}")
     return rows
 
 
@@ -103,17 +119,24 @@ def _read(file: Path) -> pd.DataFrame:
         raise ResultsError(f"{file} cannot be read ({error})") from error
     for name in set(_TEXT) & set(rows):
         rows[name] = rows[name].fillna("")
+    rows.index += 2  # rows are told by their lines, below the heading
     try:
         validate_rows(rows)
         _require_published(rows)
     except ResultsError as error:
         raise ResultsError(f"{file}: {error}") from None
-    return rows[list(COLUMNS)]
+    return rows.reset_index(drop=True)[list(COLUMNS)]
 
 
 def _require_published(rows: pd.DataFrame) -> None:
     if not (rows["source"] == "published").all():
         raise ResultsError("a row's source is not 'published'")
+    if not (rows["scale"] == "full").all():
+        raise ResultsError("a published row's scale is not 'full'")
+    if negative := sorted(set(rows.loc[rows["metric"].isin(OTHER_METRICS) & (rows["value"] < 0), "metric"])):
+        raise ResultsError(f"less than nothing of {', '.join(negative)}")
+    for method in set(rows["method"]) - set(METHOD_NAMES):
+        raise ResultsError(f"unknown method {method!r}.{nearest(method, METHOD_NAMES)}")
     known = (*PERCENT_METRICS, *OTHER_METRICS)
     for metric in set(rows["metric"]) - set(known):
         raise ResultsError(f"unknown metric {metric!r}.{nearest(metric, known)}")
@@ -143,7 +166,8 @@ def conflicts(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of tables that ought to be the same, of one method on one model, and are not.
 
     Where a table does not say how it set a method, its row is held against the nearest one of the other table, if that
-    one's nearest is it: so a conflict is one whichever setting was meant.
+    one's nearest is it: so a conflict is one whichever setting was meant. A row that does not say it,
+    and has the very numbers of another setting in a further table, is of that setting, and in no conflict.
 
     Returns:
         A row a pair: suite, model, method; file and setting of each (``file_1``, ...); average of each (its mean over
@@ -156,9 +180,11 @@ def conflicts(rows: pd.DataFrame) -> pd.DataFrame:
     for named, group in rows.groupby(["suite", "model", "method"], sort=False):
         entries = [entry for _, entry in group.groupby(["file", "setting"], sort=False)]
         for first, second in itertools.combinations(entries, 2):
-            if first["origin"].iloc[0] != second["origin"].iloc[0] and _are_nearest(first, second, entries):
+            other = first["origin"].iloc[0] != second["origin"].iloc[0]
+            explained = _is_another(first, second, entries) or _is_another(second, first, entries)
+            if other and not explained and _are_nearest(first, second, entries):
                 apart = _apart(first, second)
-                if len(differing := apart[apart["apart"] > apart["error"] + 1e-9]):
+                if len(differing := _differing(apart)):
                     pair = [*named, *_shown(first), *_shown(second)]
                     found.append([*pair, len(apart), len(differing), differing["apart"].max()])
     return pd.DataFrame(found, columns=columns)
@@ -175,6 +201,22 @@ def _apart(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     pairs = first.merge(second, on=["table", "metric"], suffixes=("_1", "_2"))
     errors = [(pairs[f"ci_high_{n}"] - pairs[f"value_{n}"]).fillna(0.0) for n in (1, 2)]
     return pd.DataFrame({"apart": (pairs["value_1"] - pairs["value_2"]).abs(), "error": errors[0] + errors[1]})
+
+
+def _differing(apart: pd.DataFrame) -> pd.DataFrame:
+    return apart[apart["apart"] > apart["error"] + 1e-9]
+
+
+def _is_another(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.DataFrame]) -> bool:
+    """Whether the second's numbers are those of an entry that is of another setting than the first."""
+    one, two = first["setting"].iloc[0], second["setting"].iloc[0]
+    for entry in entries:
+        said = entry["setting"].iloc[0]
+        if entry is not second and _may_be_same(said, two) and not _may_be_same(said, one):
+            apart = _apart(entry, second)
+            if len(apart) and _differing(apart).empty:
+                return True
+    return False
 
 
 def _are_nearest(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.DataFrame]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, date, datetime
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,7 @@ from diablo_theory.reporting.parts import Part
 from diablo_theory.reporting.plans import save_plans
 from diablo_theory.reporting.plots import plans, scale_note
 from diablo_theory.reporting.results import ResultsData, by_method, collect, tidy_rows
-from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_tables, write_words
+from diablo_theory.reporting.tables import Tables, build, markdown, readable, task_name, write_all, write_tables
 from diablo_theory.reporting.terminal import ascii_text, terminal_table
 
 EXAMPLES = 3
@@ -87,7 +87,9 @@ def write_report(results: Path, papers: Path | None = None, today: date | None =
     context = _context(data, tables, skipped) | {"parts": parts} | claims
     if decided:
         context["findings"] = [("Claims", [Finding("Claims", counted(decided))]), *context["findings"]]
-        write_words(readable_claims(decided), data.path / "tables", "claims")
+        write_all(readable_claims(decided), data.path / "tables", "claims")
+    for name, frame in named_tables(parts):
+        write_all(frame, data.path / "tables", name)
     images = {path.stem: path for path in written if path.suffix == ".png"}
     context["targets"] = {
         *(f"figure-{stem}" for stem in images),
@@ -206,6 +208,14 @@ def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict
         "provenance": provenance(data),
         "rerun": _rerun(data.manifest),
     }
+
+
+def named_tables(parts: list[Part]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Every table of the parts with a name for its files."""
+    for part in parts:
+        tables = [shown for shown in part.shown if not shown.frame.empty]
+        for place, shown in enumerate(tables):
+            yield shown.ids[0] if shown.ids else f"{part.id}-{place + 1}" if place else part.id, shown.frame
 
 
 def _row_ids(tables: Tables) -> list[str]:

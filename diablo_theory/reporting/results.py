@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from diablo_theory.errors import ResultsError, nearest
@@ -22,7 +23,7 @@ SOURCES = ("published", "reproduced")
 #: off a drawing, where the interval is the error of reading.
 CERTAINTIES = ("computed", "printed", "quoted", "measured")
 SCALES = ("full", "small")
-PERCENT_METRICS = ("exact_match", "lenient_match", "passed", *METRICS_OF_SOME)
+PERCENT_METRICS = ("exact_match", "lenient_match", "passed", "trainable_pct", "memory_saved_pct", *METRICS_OF_SOME)
 KEY = ("source", "suite", "table", "model", "method", "setting", "metric", "seed", "run_id", "origin")
 COLUMNS = (
     *("source", "suite", "table", "model", "method", "setting", "trainable_params", "trainable_pct", "metric"),
@@ -30,13 +31,15 @@ COLUMNS = (
     *("certainty", "origin", "schema_version"),
 )
 
-_VERDICT_COLUMNS = ["check", "statement", "role", "premise_margin", "claim_margin", "tolerance", "passed"]
+_VERDICT_COLUMNS = ["check", "statement", "role", "instance", "premise_margin", "claim_margin", "tolerance", "passed"]
 _MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "frozen_gap", "in_theorem"]
 _RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test"]
 _RUN_KEYS += ["scale", "exact_means"]
 _RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seconds", "final_train_loss"]
 _RATE_COLUMNS = ["task", "method", "label", "learning_rate", "seed", "valid_loss", "chosen"]
 _RATE_INTERVAL = ["loss_low", "loss_high", "exact"]
+#: An interval that ends at its own value may miss it by the last bits.
+_ROUNDING = 1e-9
 FULL_LABEL = "Full fine-tuning"
 _METHOD_ORDER = ("none", "full", "diablo", "lora")
 
@@ -93,9 +96,7 @@ def collect(results: Path) -> ResultsData:
     return ResultsData(
         path=results,
         manifest=manifest,
-        verdicts=_optional(
-            results / "theory" / "verdicts.csv", _VERDICT_COLUMNS, ["check", "role", "claim_margin", "passed"]
-        ),
+        verdicts=read_verdicts(results),
         gap_map=_optional(results / "theory" / "map.csv", _MAP_COLUMNS, _MAP_COLUMNS),
         runs=runs,
         logs={r: _read_log(f) for r, f in by_id.items() if (f / "log.csv").exists()},
@@ -105,6 +106,19 @@ def collect(results: Path) -> ResultsData:
         learning_rates=_optional(results / "learning_rates.csv", [*_RATE_COLUMNS, *_RATE_INTERVAL], _RATE_COLUMNS),
         unfinished=tuple(folder.name for folder in folders if folder not in finished),
     )
+
+
+def read_verdicts(results: Path) -> pd.DataFrame:
+    """Trials of the theory checks of a results folder; an empty frame where there are none.
+
+    Raises:
+        ResultsError: If their file is damaged.
+    """
+    path = results / "theory" / "verdicts.csv"
+    found = _optional(path, _VERDICT_COLUMNS, ["check", "statement", "role", "claim_margin", "passed"])
+    if "passed" in found and found["passed"].dtype != bool:
+        raise ResultsError(f"{path}: passed is to be True or False in every line, and is not")
+    return found
 
 
 def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,13 +153,20 @@ def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
     nowhere = rows["origin"].isna() | (rows["origin"] == "")
     _refuse(rows, "origin", (rows["source"] == "published") & nowhere, "where a published number stands")
     _refuse(rows, "metric", rows["metric"].isna() | (rows["metric"] == ""), "the name of what was measured")
-    for column in ("value", "trainable_pct", "ci_low", "ci_high", "stderr", "n"):
+    for column in ("suite", "table"):
+        _refuse(rows, column, rows[column].isna() | (rows[column] == ""), "a name")
+    for column in ("value", "trainable_params", "trainable_pct", "ci_low", "ci_high", "stderr", "n"):
         number = pd.to_numeric(rows[column], errors="coerce")
-        _refuse(rows, column, number.isna() & rows[column].notna(), "a number")
+        finite = np.isfinite(number.to_numpy(float, na_value=np.nan))
+        _refuse(rows, column, ~finite & rows[column].notna(), "a number")
     _refuse(rows, "value", rows["value"].isna(), "a number")
     _refuse(rows, "trainable_pct", _outside(rows["trainable_pct"]), "a percentage from 0 to 100")
     percent = rows["metric"].isin(PERCENT_METRICS)
     _refuse(rows, "value", percent & _outside(rows["value"]), "a percentage from 0 to 100")
+    value, low, high = (pd.to_numeric(rows[name]) for name in ("value", "ci_low", "ci_high"))
+    _refuse(rows, "ci_low", low > value + _ROUNDING * value.abs(), "at most the value")
+    _refuse(rows, "ci_high", high < value - _ROUNDING * value.abs(), "at least the value")
+    _refuse(rows, "trainable_params", pd.to_numeric(rows["trainable_params"]) < 0, "nought or more")
     repeated = rows.duplicated(subset=list(KEY), keep="first")
     if repeated.any():
         row = rows.loc[repeated].iloc[0]
@@ -167,7 +188,7 @@ def tidy_rows(data: ResultsData) -> pd.DataFrame:
         ResultsError: If a row does not fit the schema.
     """
     rows = [*_run_rows(data), *_theory_rows(data), *_cost_rows(data)]
-    shared = {"source": "reproduced", "scale": data.manifest.get("scale", "small"), "note": "", "run_id": ""}
+    shared = {"source": "reproduced", "scale": data.manifest["scale"], "note": "", "run_id": ""}
     shared |= {"certainty": "computed", "origin": ""}
     frame = pd.DataFrame([shared | {"schema_version": SCHEMA_VERSION} | row for row in rows], columns=list(COLUMNS))
     return validate_rows(frame)
@@ -259,6 +280,10 @@ def _read_manifest(results: Path) -> dict[str, Any]:
             f"diablo-theory {manifest.get('package_version', '(unknown)')}, which wrote it, or run `diablo-theory "
             "reproduce` again into a new folder."
         )
+    if not isinstance(manifest.get("model", {}), dict):
+        raise ResultsError(f"{path}: model is {manifest['model']!r}; allowed: its name, source and sha256")
+    if manifest.get("scale") not in SCALES:
+        raise ResultsError(f"{path} says the scale {manifest.get('scale')!r}; allowed: {', '.join(SCALES)}")
     return manifest
 
 
@@ -293,6 +318,8 @@ def _read_run(folder: Path) -> list[dict[str, Any]]:
     """A row for each task that a run was scored on."""
     merged = _read_config(folder) | read_json(folder / "metrics.json")
     rows = []
+    if not isinstance(merged.get("scores") or {}, dict):
+        raise ResultsError(f"{folder / 'metrics.json'}: scores is no mapping of tasks to scores")
     for task, scores in (merged.get("scores") or {"": {}}).items():
         of_task = {"task": task, "n_test": scores.get("n"), "exact_means": scores.get("means", {}).get("exact")}
         row = {"run_id": folder.name} | {key: (merged | of_task).get(key) for key in [*_RUN_KEYS, *_RUN_EXTRAS]}

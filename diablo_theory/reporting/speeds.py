@@ -8,12 +8,20 @@ import pandas as pd
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.saved_tables import Kind, read_table
 
 BENCHMARKS = ("map", "layer", "growth")
 """In the order in which they are run and shown."""
 COLUMNS = ("benchmark", "quantity", "value", "low", "high", "unit", "n", "setting", "aim")
 PROVENANCE = ("package_version", "commit", "dirty", "cpu", "threads", "torch")
 """What each line of a saved benchmark says of where it was made, beside ``COLUMNS``."""
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys((*COLUMNS, *PROVENANCE), "any"),
+    **dict.fromkeys(("benchmark", "quantity", "setting", "cpu", "torch"), "text"),
+    **dict.fromkeys(("unit", "aim"), "blank"),
+    **dict.fromkeys(("value", "n", "threads"), "number"),
+    **dict.fromkeys(("low", "high"), "optional"),
+}
 
 
 def read_speeds(folder: Path) -> pd.DataFrame:
@@ -33,12 +41,7 @@ def read_speeds(folder: Path) -> pd.DataFrame:
         path = folder / f"{name}.csv"
         if not path.is_file():
             continue
-        try:
-            lines = pd.read_csv(path, keep_default_na=False)
-        except (ValueError, OSError) as error:
-            raise ResultsError(f"{path} cannot be read ({error}); run `diablo-theory speed {name}` again") from error
-        if tuple(lines.columns) != COLUMNS + PROVENANCE:
-            raise ResultsError(f"{path} has columns {list(lines.columns)}, expected {[*COLUMNS, *PROVENANCE]}")
+        lines = read_table(path, _KINDS, f"diablo-theory speed {name}")
         found.append(lines)
     if not found:
         raise ResultsError(f"{folder} holds no benchmark; `diablo-theory speed --out {folder}` makes them")

@@ -9,21 +9,38 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from pandas.api.types import is_numeric_dtype
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.intervals import time_ratio
+from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, WIDTH, styled
 
 PHASES = ("forward", "backward", "optimizer")
-TIMES = ("workload", "num_blocks", "round", "method", "phase", "seconds")
-CONTENDERS = (
-    *("workload", "num_blocks", "name", "method", "trainable", "tokens"),
-    *("static_mib", "step_peak_mib", "inputs_mib", "trainable_mib"),
+_TIMES: dict[str, Kind] = {
+    **dict.fromkeys(("workload", "method", "phase"), "text"),
+    **dict.fromkeys(("num_blocks", "round", "seconds"), "number"),
+}
+_CONTENDERS: dict[str, Kind] = {
+    **dict.fromkeys(("workload", "name", "method", "cpu", "torch"), "text"),
+    **dict.fromkeys(("num_blocks", "trainable", "tokens", "static_mib", "step_peak_mib"), "number"),
+    **dict.fromkeys(("inputs_mib", "trainable_mib", "threads"), "number"),
+    **dict.fromkeys(("commit", "dirty"), "any"),
+}
+#: By which rows are told apart.
+_KEYS = ("workload", "num_blocks", "round", "name", "method", "phase")
+_KERNELS: dict[str, Kind] = {
+    "kernel": "text",
+    **dict.fromkeys(("m1", "m2", "num_blocks", "ratio", "smallest", "largest"), "number"),
+}
+_GROWTH: dict[str, Kind] = {"varied": "text", **dict.fromkeys(("num_blocks", "tokens", "exponent"), "number")}
+_LOADING: dict[str, Kind] = dict.fromkeys(
+    (
+        *("num_blocks", "parameters", "model_mib", "adapter_mib"),
+        *("load_seconds", "merge_seconds", "over_adapter", "over_model"),
+    ),
+    "number",
 )
-TEXT = {"workload", "method", "phase", "name"}
-KEYS = TEXT | {"num_blocks", "round"}
 REFERENCES = ("floor", "lora", "einsum")
 #: (contender, reference, asked): the whole step of one as a ratio to that of the other is to be at most so much.
 AIMS = (
@@ -44,19 +61,11 @@ def read_steps(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         ResultsError: If a file is missing, damaged or of another kind.
     """
     tables = []
-    for name, columns in (("times", TIMES), ("contenders", CONTENDERS)):
+    for name, columns in (("times", _TIMES), ("contenders", _CONTENDERS)):
         path = folder / f"{name}.csv"
-        try:
-            table = pd.read_csv(path, keep_default_na=False)
-        except (ValueError, OSError) as error:
-            raise ResultsError(f"{path} cannot be read ({error}); `diablo-theory bench --out` writes it") from error
-        if missing := [column for column in columns if column not in table]:
-            raise ResultsError(f"{path} lacks the columns {', '.join(missing)}")
-        wrong = [column for column in columns if column not in TEXT and not is_numeric_dtype(table[column])]
-        if table.empty or wrong or table.duplicated(list(set(columns) & KEYS)).any():
-            why = "no rows" if table.empty else f"text in {', '.join(wrong)}" if wrong else "rows that occur twice"
-            raise ResultsError(f"{path} has {why}; `diablo-theory bench --out` writes it")
-        tables.append(table)
+        tables.append(read_table(path, columns, "diablo-theory bench --out"))
+        if tables[-1].duplicated([key for key in _KEYS if key in columns]).any():
+            raise ResultsError(f"{path} has rows that occur twice; `diablo-theory bench --out` writes it")
     return tables[0], tables[1]
 
 
@@ -124,11 +133,13 @@ def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
         contenders: As from :func:`read_steps`.
 
     Returns:
-        Columns Measure, N, Measured, Asked (at most), Met: by the median of a ratio; its interval stands beside it.
+        Columns Measure, N, Measured, Asked (at most), Met: whether the whole interval is below what was
+        asked, above it (no), or both (open).
     """
     lines = []
-    for count, part in contenders.groupby("num_blocks", sort=False):
-        whole = times[(times["num_blocks"] == count) & (times["phase"] == "step")]
+    for (workload, count), part in contenders.groupby(["workload", "num_blocks"], sort=False):
+        here = (times["workload"] == workload) & (times["num_blocks"] == count)
+        whole = times[here & (times["phase"] == "step")]
         by = part.set_index("name")
         labels = by["method"].astype(str).to_dict()
         for name, reference, asked in AIMS:
@@ -136,7 +147,7 @@ def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
                 ratio = time_ratio(whole, labels[name], labels[reference])
                 measured = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
                 what = f"step, {name} over {reference}"
-                lines.append((what, count, measured, f"{asked:.2f}", "yes" if ratio.value <= asked else "no"))
+                lines.append((what, count, measured, f"{asked:.2f}", _MET[ratio.within(high=asked)]))
         memory = by["static_mib"] + by["step_peak_mib"]
         ours = by.loc["diablo"]
         limits = {"floor + inputs + 6 x trainable": memory["floor"] + ours["inputs_mib"]}
@@ -151,19 +162,20 @@ def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["Measure", "N", "Measured", "Asked (at most)", "Met"])
 
 
+_MET = {True: "yes", False: "no", None: "open"}
+
+
 def side_measures(folder: Path) -> pd.DataFrame:
     """What the saved ``kernels.csv``, ``growth.csv`` and ``loading.csv`` say, a line each in words.
 
     Raises:
         ResultsError: If one is missing or damaged.
     """
-    tables = {}
-    for name in ("kernels", "growth", "loading"):
-        path = folder / f"{name}.csv"
-        try:
-            tables[name] = pd.read_csv(path)
-        except (ValueError, OSError) as error:
-            raise ResultsError(f"{path} cannot be read ({error}); `diablo-theory bench --{name}` writes it") from error
+    wanted = {"kernels": _KERNELS, "growth": _GROWTH, "loading": _LOADING}
+    tables = {
+        name: read_table(folder / f"{name}.csv", columns, f"diablo-theory bench --{name}")
+        for name, columns in wanted.items()
+    }
     lines: list[tuple[str, str]] = []
     for kernel, part in tables["kernels"].groupby("kernel"):
         worst = part.sort_values("ratio").iloc[-1]
@@ -177,6 +189,10 @@ def side_measures(folder: Path) -> pd.DataFrame:
         )
     for varied, name, expected in (("num_blocks", "N", -1), ("tokens", "tokens", 1)):
         part = tables["growth"][tables["growth"]["varied"] == varied]
+        if part.empty:
+            raise ResultsError(
+                f"{folder / 'growth.csv'} has no rows with {varied} varied; `diablo-theory bench --growth`"
+            )
         lines.append(
             (
                 f"exponent in {name} ({part[varied].min()} to {part[varied].max()}) of merged mode's extra time",
@@ -249,5 +265,5 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
     panels[-1, 0].set_xlim(0.98, max(1.01, min(SLOWEST, 1.06 * summary["over_floor"].max())))
     panels[-1, 0].set_xlabel("whole step, ratio to the floor")
     panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
-    figure.suptitle(f"Small scale, measured here: {summary['workload'].iloc[0]}", x=0.02, ha="left", fontsize=9)
+    figure.suptitle(f"Measured here: {summary['workload'].iloc[0]}", x=0.02, ha="left", fontsize=9)
     return figure

@@ -114,8 +114,38 @@ def _parsed(text: str) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(text), dtype=_AS_TEXT)
 
 
+#: What tables and claims read of a collection, by file; what a configuration is made of stands before ``label``.
+_NEEDED = {
+    CONFIGS: (
+        *("run_id", "suite", "model", "method", "num_blocks", "learning_rate", "train_on", "evaluate_on", "quantise"),
+        *("dtype", "eval_split", "seed", "scale", "label", "state", "model_sha256", "trainable_params"),
+        *("train_seconds", "conditions", "train_data", "data", "date", "commit", "dirty", "cpu", "device"),
+        *("torch", "peft", "transformers"),
+    ),
+    OUTCOMES: (
+        "run_id",
+        "task",
+        "seed",
+        "label",
+        "item",
+        "cluster",
+        "prompt",
+        "answer",
+        "tokens",
+        "loss_sum",
+        "exact",
+    ),
+    TRAINING: ("run_id", "step", "loss", "learning_rate", "grad_norm"),
+}
+
+
 def _suites(frames: dict[str, pd.DataFrame]) -> Suites:
-    rows = frames[ROWS].assign(note=frames[ROWS]["note"].fillna(""))
+    for name, columns in _NEEDED.items():
+        # Runs that diverged before their first step leave no row of training.
+        if missing := [column for column in columns if column not in frames[name] and len(frames[name])]:
+            raise ResultsError(f"{name} lacks the column(s) {', '.join(missing)}")
+    rows = frames[ROWS]
+    rows = rows.assign(note=rows["note"].fillna("")) if "note" in rows else rows
     return Suites(validate_rows(rows), frames[CONFIGS], frames[OUTCOMES], frames[TRAINING])
 
 
@@ -226,11 +256,11 @@ def read_suites(folder: Path) -> Suites:
             ) from error
     try:
         suites, configs = _suites(frames), frames[CONFIGS]
-        finished = set(configs.loc[configs["state"] == "finished", "run_id"])
-        whole = finished == set(suites.outcomes["run_id"]) == set(suites.rows["run_id"])
-        whole = whole and set(suites.training["run_id"]) <= set(configs["run_id"])
-    except KeyError as error:
-        raise ResultsError(f"a file in {folder} lacks the column {error}; `diablo-theory collect` writes it") from None
+    except ResultsError as error:
+        raise ResultsError(f"{folder}: {error}; `diablo-theory collect` writes it") from None
+    finished = set(configs.loc[configs["state"] == "finished", "run_id"])
+    whole = finished == set(suites.outcomes["run_id"]) == set(suites.rows["run_id"])
+    whole = whole and set(suites.training["run_id"]) <= set(configs["run_id"])
     if not whole:
         raise ResultsError(
             f"{ROWS}, {CONFIGS}, {OUTCOMES} and {TRAINING} in {folder} are not of the same runs: collect again"

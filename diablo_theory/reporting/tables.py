@@ -106,6 +106,12 @@ def write_tables(tables: Tables, folder: Path) -> list[Path]:
     return written
 
 
+def write_all(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Write a table of words as CSV, too; arguments and files are otherwise those of :func:`write_words`."""
+    write_with(folder / f"{name}.csv", partial(frame.to_csv, index=False))
+    return [folder / f"{name}.csv", *write_words(frame, folder, name)]
+
+
 def write_words(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """Write a table of words as Markdown, LaTeX (booktabs) and HTML.
 
@@ -123,6 +129,8 @@ def write_words(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}{suffix}" for suffix in contents]
 
 
+#: Signs of the longest cell that is kept on one line in LaTeX.
+_SHORT = 40
 #: Signs that LaTeX's text fonts lack.
 _IN_LATEX = str.maketrans(
     {"<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$", "±": "$\\pm$", "→": "$\\to$", "—": "---", "`": ""}
@@ -131,12 +139,24 @@ _IN_LATEX = str.maketrans(
 
 def latex(frame: pd.DataFrame) -> str:
     """A frame of words as a LaTeX table with booktabs' rules; signs that text fonts lack are written out."""
-    # Wide columns break their lines: p{...} in shares of the text's width.
-    longest = [max([len(str(name)), *frame[name].str.len()]) for name in frame.columns]
-    columns = "".join(f"p{{{min(0.4, length / 200):.2f}\\linewidth}}" if length > 40 else "l" for length in longest)
+    columns = _latex_columns([max([len(str(name)), *frame[name].astype(str).str.len()]) for name in frame.columns])
     escaped = frame.style.hide(axis="index").format(escape="latex").format_index(axis="columns", escape="latex")
     text = str(escaped.to_latex(hrules=True, column_format=columns))
     return text.translate(_IN_LATEX)
+
+
+def _latex_columns(longest: list[int]) -> str:
+    """Columns that break their lines where they are long, all together no wider than a page.
+
+    Args:
+        longest: Signs of each column's longest cell.
+    """
+    left = max(0.3, 0.95 - 0.012 * sum(length for length in longest if length <= _SHORT))
+    wanted = [min(0.4, length / 200) for length in longest if length > _SHORT]
+    scale = min(1.0, left / sum(wanted)) if wanted else 1.0
+    # Rounded down, so that they fit.
+    shares = (int(100 * scale * share) / 100 for share in wanted)
+    return "".join(f"p{{{next(shares):.2f}\\linewidth}}" if length > _SHORT else "l" for length in longest)
 
 
 def html(frame: pd.DataFrame) -> str:

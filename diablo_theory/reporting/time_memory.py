@@ -44,6 +44,6 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     said = "".join(f"Published of memory alone: {row['setting']}, {row['value']:g}% saved." for row in saved)
     where = f"{own['workload'].iloc[0]}, all methods at the parameters of DiaBlo with N = {count}"
     published = origins(pd.concat([minutes, ratios]))
-    here = f"Filled, on a tinted ground: measured here, small scale ({where})."
+    here = f"Filled, on a tinted ground: measured here ({where})."
     foot(figure, published, said, here, "A step here and an epoch there are different things.")
     return figure

@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from diablo_theory.errors import ConfigError
+from diablo_theory.files import experiments_folder
 from diablo_theory.finetune import planning
-from diablo_theory.finetune.config import RunConfig, experiments_folder, load_run, parse_overrides, resolve
+from diablo_theory.finetune.config import RunConfig, load_run, parse_overrides, resolve
 from diablo_theory.finetune.sweep import planned, read_sweep
 from diablo_theory.reproduce import load_profile, planned_runs
 

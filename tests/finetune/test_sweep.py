@@ -1,8 +1,8 @@
 import pytest
 
 from diablo_theory.errors import ConfigError, NonFiniteError
+from diablo_theory.files import experiments_folder
 from diablo_theory.finetune import runs, sweep
-from diablo_theory.finetune.config import experiments_folder
 from diablo_theory.finetune.folder import run_folders, state
 from diablo_theory.records import CONFIG, ERROR, METRICS
 

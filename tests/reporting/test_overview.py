@@ -132,7 +132,7 @@ def test_rows_of_another_schema_are_refused(tmp_path, full_results):
     file = papers / "published" / "code_diablo.csv"
     pd.read_csv(file).assign(schema_version=2).to_csv(file, index=False)
     results = shutil.copytree(full_results, tmp_path / "results")
-    with pytest.raises(ResultsError, match=r"code_diablo.csv: Row 0: schema_version is .*2.*; allowed: 3"):
+    with pytest.raises(ResultsError, match=r"code_diablo.csv: Row 2: schema_version is .*2.*; allowed: 3"):
         write_report(results, papers)
     assert not (results / "report.html").exists()
 

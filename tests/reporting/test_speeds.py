@@ -45,8 +45,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ResultsError, match="holds no benchmark; `diablo-theory speed --out"):
         read_speeds(tmp_path)
     save(tmp_path, LINES.drop(columns="aim"))
-    with pytest.raises(ResultsError, match=r"layer\.csv has columns \['benchmark'.*, expected"):
+    with pytest.raises(ResultsError, match=r"layer\.csv lacks the column\(s\) aim; `diablo-theory speed layer`"):
         read_speeds(tmp_path)
     (tmp_path / "layer.csv").write_text("")
-    with pytest.raises(ResultsError, match=r"layer\.csv cannot be read .*; run `diablo-theory speed layer` again"):
+    with pytest.raises(ResultsError, match=r"layer\.csv cannot be read .*; `diablo-theory speed layer` writes it"):
         read_speeds(tmp_path)

@@ -1,3 +1,5 @@
+import re
+
 import pandas as pd
 import pytest
 
@@ -104,6 +106,13 @@ def test_words_as_latex_with_booktabs_rules():
 def test_long_cells_break_their_lines_in_latex():
     assert text_of_columns(latex(pd.DataFrame({"a": ["b"], "c": ["d" * 60]}))) == r"lp{0.30\linewidth}"
     assert text_of_columns(latex(pd.DataFrame({"a": ["b"]}))) == "l"
+
+
+def test_a_table_is_no_wider_than_its_page():
+    columns = text_of_columns(latex(pd.DataFrame({name: [name * 300] for name in "abcdef"} | {"short": ["x" * 10]})))
+    shares = [float(share) for share in re.findall(r"p\{([\d.]+)", columns)]
+    assert len(shares) == 6
+    assert 0.5 < sum(shares) <= 0.95 - 0.012 * 10
 
 
 def text_of_columns(text):

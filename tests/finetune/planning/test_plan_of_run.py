@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from diablo_theory.errors import ConfigError
-from diablo_theory.finetune.config import experiments_folder, load_run, resolve
+from diablo_theory.files import experiments_folder
+from diablo_theory.finetune.config import load_run, resolve
 from diablo_theory.finetune.data import encode, length, number_of_steps
 from diablo_theory.finetune.planning import of_run, work_of
 from diablo_theory.finetune.planning.datasets import DATASETS

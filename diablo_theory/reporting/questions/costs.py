@@ -1,0 +1,87 @@
+"""Questions to the benchmark of whole training steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import model_validator
+
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.intervals import Estimate, time_ratio
+from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
+from diablo_theory.reporting.tables import interval
+
+_MORE = "`diablo-theory bench` with more rounds, on a machine that does nothing else"
+
+
+class StepRatio(Question):
+    """Whether a whole training step of one method takes at most, or at least, so many times another's."""
+
+    kind: Literal["step_ratio"]
+    of: str
+    over: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @model_validator(mode="after")
+    def _require_a_limit(self) -> StepRatio:
+        if self.at_most is None and self.at_least is None:
+            raise ValueError("a step_ratio needs at_most or at_least")
+        return self
+
+    def ask(self, evidence: Evidence) -> Answer:
+        """See :class:`Question`."""
+        times, contenders = evidence.steps
+        outcomes, told = [], []
+        for (workload, count), part in contenders.groupby(["workload", "num_blocks"], sort=False):
+            labels = _both(part, self.of, self.over)["method"].astype(str)
+            whole = times[
+                (times["workload"] == workload) & (times["num_blocks"] == count) & (times["phase"] == "step")
+            ]
+            ratio = time_ratio(whole, labels[self.of], labels[self.over])
+            outcomes.append(self._judged(ratio))
+            told.append(f"{interval(ratio.value, ratio.low, ratio.high, 3)} at N = {count}'s budget")
+        text = f"a step of {method_name(self.of)} takes {' and '.join(told)} times {method_name(self.over)}'s"
+        return Answer(min(outcomes), text, _where(contenders), "steps", _MORE, ("steps",), ("steps",))
+
+    def _judged(self, ratio: Estimate) -> Outcome:
+        low = -np.inf if self.at_least is None else self.at_least
+        high = np.inf if self.at_most is None else self.at_most
+        return {True: Outcome.HOLDS, False: Outcome.FAILS, None: Outcome.OPEN}[ratio.within(low, high)]
+
+
+class Memory(Question):
+    """Whether a training step of one method needs at most so many times another's memory."""
+
+    kind: Literal["memory"]
+    of: str
+    over: str
+    at_most: float
+
+    def ask(self, evidence: Evidence) -> Answer:
+        """See :class:`Question`."""
+        _, contenders = evidence.steps
+        ratios, told = [], []
+        for (_, count), part in contenders.groupby(["workload", "num_blocks"], sort=False):
+            both = _both(part, self.of, self.over)
+            peak = both["static_mib"] + both["step_peak_mib"]
+            ratios.append(float(peak[self.of] / peak[self.over]))
+            told.append(f"{ratios[-1]:.4f} at N = {count}'s budget")
+        text = f"{method_name(self.of)}'s peak is {' and '.join(told)} times {method_name(self.over)}'s"
+        outcome = Outcome.HOLDS if max(ratios) <= self.at_most else Outcome.FAILS
+        return Answer(outcome, text, _where(contenders), "steps", rows=("steps",), figures=("steps",))
+
+
+def _both(part: pd.DataFrame, of: str, over: str) -> pd.DataFrame:
+    by = part.set_index("name")
+    if not {of, over} <= set(by.index):
+        raise ResultsError(f"the step benchmark has not both {of} and {over}")
+    return by
+
+
+def _where(contenders: pd.DataFrame) -> str:
+    places = contenders[["workload", "cpu", "threads"]].drop_duplicates().itertuples(index=False)
+    return "; ".join(f"{workload}, {cpu}, {threads} threads" for workload, cpu, threads in places)

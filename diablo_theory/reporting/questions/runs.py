@@ -1,0 +1,162 @@
+"""Questions to collected runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
+from diablo_theory.reporting.tables import interval, task_name
+
+SUITES = "reproduced/suites"
+Scale = Literal["small", "full"]
+_RUN = "`diablo-theory sweep` of what is missing, then `diablo-theory collect`"
+_SEEDS = "more seeds: `diablo-theory sweep FILE --vary seed=3,4,...`, then `diablo-theory collect`"
+
+
+class Compared(Question):
+    """Whether DiaBlo is at least as good as other methods, by paired differences over problems and seeds.
+
+    It matches where a whole interval lies within the margin. Otherwise it is ahead or behind where the interval leaves
+    zero out, and where it does not, the question is open. One method behind on one task is enough for "does not hold".
+
+    Attributes:
+        methods: Which; none: all that were run.
+        suites: Of which suites; none: those named after their tasks.
+        tasks: Those on which every method is needed.
+        seeds: How many of them a comparison needs.
+        metric: By what.
+        margin: Share of DiaBlo's own score.
+        scale: Of which runs.
+    """
+
+    kind: Literal["compared"]
+    methods: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = Field(min_length=1)
+    seeds: int = Field(default=3, ge=1)
+    metric: str = "loss_per_token"
+    margin: float = Field(gt=0, lt=1)
+    scale: Scale = "small"
+
+    def ask(self, evidence: Evidence) -> Answer:
+        """See :class:`Question`."""
+        rows = evidence.differences
+        own = rows["suite"].isin(self.suites) if self.suites else rows["suite"] == rows["task"]
+        rows = rows[own & (rows["metric"] == self.metric) & (rows["scale"] == self.scale)]
+        rows = rows[(rows["experiment"] != rows["reference"]) & (rows["method"] != "none")]
+        rows = rows[rows["task"].isin(self.tasks)]
+        rows = rows[rows["method"].isin(self.methods)] if self.methods else rows
+        figures = ("suites_settings" if self.suites else "suites_methods",)
+        there = set(rows.loc[rows["seeds"] >= self.seeds, ["method", "task"]].itertuples(index=False, name=None))
+        wanted = {(method, task) for method in self.methods or set(rows["method"]) for task in self.tasks}
+        if missing := sorted(wanted - there) if wanted else [("any method", task) for task in self.tasks]:
+            named = ", ".join(f"{method_name(method)} on {task_name(task)}" for method, task in missing)
+            text = f"of {named} fewer than {self.seeds} seeds are collected"
+            return Answer(Outcome.OPEN, text, f"{self.scale} scale", SUITES, _RUN, tables_of(rows["suite"]), figures)
+        if len(set(rows["base"])) > 1:
+            rows = rows.assign(label=rows["label"] + " (" + rows["base"] + ")")
+        outcome, text = compared(rows, self.metric, self.margin)
+        died = rows[rows["diverged"] > 0]
+        if lost := [f"{label} on {task_name(task)}" for label, task in zip(died["label"], died["task"], strict=True)]:
+            text += f"; of {', '.join(lost)} some seeds diverged"
+        return Answer(outcome, text, f"{self.scale} scale", SUITES, _SEEDS, tables_of(rows["suite"]), figures)
+
+
+def compared(rows: pd.DataFrame, metric: str, margin: float) -> tuple[Outcome, str]:
+    """What differences to DiaBlo say, and the numbers in words.
+
+    Args:
+        rows: Others' scores minus DiaBlo's: label, task, value, low, high, diablo (its own score).
+        metric: Of which score.
+        margin: Within which share of DiaBlo's score two are the same.
+    """
+    # Better is less, of a loss; of a share, more. What is told is DiaBlo's lead.
+    loss = metric == "loss_per_token"
+    unit = "nats/token" if loss else "points"
+    sign = 1.0 if loss else -1.0
+    ends = np.sort(sign * rows[["low", "high"]].to_numpy(float), axis=1)
+    table = rows.assign(lead=sign * rows["value"], low=ends[:, 0], high=ends[:, 1])
+    same = table[["low", "high"]].abs().max(axis=1) <= margin * table["diablo"]
+    equal, others = table[same], table[~same]
+    behind, ahead = others[others["high"] < 0], others[others["low"] > 0]
+    wide = others.drop(index=[*behind.index, *ahead.index])
+    parts = [_told(behind, "behind", unit), _told(ahead, "ahead of", unit)]
+    parts += [f"within {margin:.0%} of {_names(equal)}" if len(equal) else ""]
+    if len(wide):
+        most = wide[["low", "high"]].abs().max(axis=1).max()
+        parts += [f"no difference seen to {_names(wide)}, within {most:.2g} {unit}"]
+    outcome = Outcome.FAILS if len(behind) else Outcome.OPEN if len(wide) else Outcome.HOLDS
+    return outcome, f"DiaBlo is {'; '.join(part for part in parts if part)}"
+
+
+def _told(rows: pd.DataFrame, how: str, unit: str) -> str:
+    told = []
+    for row in rows.to_dict("records"):
+        low, high = sorted((abs(row["low"]), abs(row["high"])))
+        told.append(f"{how} {row['label']} on {task_name(row['task'])} by {interval(abs(row['lead']), low, high, 3)}")
+    return f"{', '.join(told)} {unit}" if told else ""
+
+
+def tables_of(suites: Iterable[str]) -> tuple[str, ...]:
+    """Where the report shows suites of collected runs."""
+    return tuple(f"suite-{suite}" for suite in dict.fromkeys(suites))
+
+
+def _names(rows: pd.DataFrame) -> str:
+    """``LoRA r=5 on BoolQ and ARC-Easy, DoRA r=5 on BoolQ``."""
+    told = []
+    for label, same in rows.groupby("label", sort=False):
+        tasks = [task_name(task) for task in dict.fromkeys(same["task"])]
+        told.append(f"{label} on {' and '.join([', '.join(tasks[:-1]), tasks[-1]] if tasks[:-1] else tasks)}")
+    return ", ".join(told)
+
+
+class GradientNorms(Question):
+    """Whether the gradient's norm varies less over training with DiaBlo than with another method.
+
+    By the standard deviation over the mean, of all steps after the warm-up of runs that finished; compared seed by
+    seed on each task, between experiments that differ in the method alone. A run of DiaBlo that diverged answers "no".
+    """
+
+    kind: Literal["gradient_norms"]
+    over: str
+    after: int = Field(ge=0)
+    scale: Scale = "small"
+
+    def ask(self, evidence: Evidence) -> Answer:
+        """See :class:`Question`."""
+        rows = evidence.training
+        rows = rows[(rows["suite"] == rows["train_on"]) & (rows["scale"] == self.scale) & (rows["step"] > self.after)]
+        rows = rows[rows["method"].isin(["diablo", self.over])]
+        lost = sorted(set(rows.loc[(rows["state"] == "diverged") & (rows["method"] == "diablo"), "run_id"]))
+        same = ["train_on", "alike", "seed"]
+        rows = rows[rows["state"] == "finished"]
+        # Of several learning rates or sizes of one method none is the one to compare.
+        rows = rows[rows.groupby([*same, "method"])["run_id"].transform("nunique") == 1]
+        varies = rows.pivot_table(
+            index=same, columns="method", values="grad_norm", aggfunc=lambda norms: norms.std() / norms.mean()
+        )
+        pairs = varies.reindex(columns=["diablo", self.over]).dropna()
+        scale, figures = f"{self.scale} scale", ("gradient_norms",)
+        if pairs.empty:
+            text = f"no runs of both DiaBlo and {method_name(self.over)} with the same seed"
+            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN)
+        less = int((pairs["diablo"] < pairs[self.over]).sum())
+        tasks = [
+            f"{task_name(str(task))} {found['diablo'].mean():.2f} against {found[self.over].mean():.2f}"
+            for task, found in pairs.groupby("train_on")
+        ]
+        text = (
+            f"standard deviation over mean, DiaBlo against {method_name(self.over)}: {', '.join(tasks)}; less in "
+            f"{less} of {len(pairs)} pairs of runs; "
+        )
+        text += f"diverged: {', '.join(lost)}" if lost else "no run of DiaBlo's diverged"
+        outcome = {0: Outcome.FAILS, len(pairs): Outcome.HOLDS}.get(less, Outcome.OPEN)
+        tables = tables_of(pairs.index.get_level_values("train_on"))
+        return Answer(Outcome.FAILS if lost else outcome, text, scale, SUITES, _SEEDS, tables, figures)
