@@ -222,7 +222,7 @@ def _conflicts(evidence: Evidence) -> Iterable[Part]:
         }
     )
     text = "Rows of published tables that ought to be the same and are not, and printed averages that are none."
-    shown = [Shown("", apart), Shown("Averages that do not add up", means)]
+    shown = [Shown("", apart), Shown("Averages that do not add up", means, ("averages",))]
     yield Part("conflicts", "Conflicts between sources", text, shown)
 
 
