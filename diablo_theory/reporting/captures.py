@@ -82,5 +82,6 @@ def readable_layers(layers: pd.DataFrame) -> pd.DataFrame:
 def layer_table(layers: pd.DataFrame) -> Table:
     """The readable layers for a terminal."""
     table = terminal_table(readable_layers(layers), "Layers")
+    table.columns[0].no_wrap = True
     table.caption = LAYER_NOTE
     return table

@@ -46,6 +46,15 @@ CAPTIONS = {
     "learning_rates": "Learning-rate search, on validation problems that no score above uses.",
     **{stem: entry.caption for stem, entry in ENTRIES.items()},
 }
+#: Sections on the results folder itself: id, heading, table, figures; each is there if one of these is.
+SECTIONS = (
+    ("theory", "Theory", "verdicts", ("method", "verdicts", "theory_map", "convergence")),
+    ("results", "Results", "results", ("results",)),
+    ("differences", "Differences", "differences", ()),
+    ("training", "Training", "", ("training",)),
+    ("cost", "Cost", "costs", ("cost",)),
+    ("rates", "Learning rates", "learning_rates", ("learning_rates",)),
+)
 TABLE_NOTES = {
     "verdicts": "A claim must hold in every trial. A control breaks the premise on purpose, and its claim must fail: "
     "it passes when it does. Margins are positive where a statement holds; a claim's is in decades, log10 of the "
@@ -200,6 +209,7 @@ def _context(data: ResultsData, tables: Tables, skipped: dict[str, str]) -> dict
         "note": scale_note(data),
         "findings": _by_topic(findings(data, tables)),
         "tables": readable(tables),
+        "sections": SECTIONS,
         "row_ids": _row_ids(tables),
         "table_notes": TABLE_NOTES,
         "captions": CAPTIONS,
@@ -248,13 +258,10 @@ def _markdown(context: dict[str, Any], figures: list[str]) -> str:
     parts.append(
         "\n".join(f"- **{topic}.** {finding.text}" for topic, same in context["findings"] for finding in same)
     )
-    sections = {"Theory": ("verdicts", ["verdicts", "theory_map"]), "Results": ("results", ["results"])}
-    sections |= {"Differences": ("differences", []), "Training": ("", ["training"]), "Cost": ("costs", ["cost"])}
-    sections |= {"Learning rates": ("learning_rates", ["learning_rates"])}
     parts += ["## Claims", CLAIMS_TEXT] if context["claims"] else []
     for heading, group in context["claims"]:
         parts += [f"**{heading}**", markdown(readable_claims(group))]
-    for heading, (table, pictures) in sections.items():
+    for _, heading, table, pictures in SECTIONS:
         body = [TABLE_NOTES[table]] if table in TABLE_NOTES and table in context["tables"] else []
         body += [markdown(context["tables"][table])] if table in context["tables"] else []
         body += _pictures(pictures, figures)
