@@ -75,8 +75,9 @@ def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure
 def _here(section: pd.DataFrame | None) -> str:
     if section is None:
         return ""
-    scales = " and ".join(dict.fromkeys(section["scale"]))
-    return f"Filled, on a tinted ground: run here, {scales} scale, with 95% intervals; not comparable in height."
+    models, scales = (" and ".join(dict.fromkeys(section[name])) for name in ("model", "scale"))
+    where = f"run here on {models}, {scales} scale, with 95% intervals"
+    return f"Filled, on a tinted ground: {where}; not comparable in height."
 
 
 def _own(axes: Axes, section: pd.DataFrame) -> None:
@@ -89,6 +90,6 @@ def _own(axes: Axes, section: pd.DataFrame) -> None:
         names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
     own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
     what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
-    models, scales = (", ".join(dict.fromkeys(table[name])) for name in ("model", "scale"))
-    axes.set(title=f"{what}, {scales} scale ({models}): run here", xlabel="exact match, %", xlim=(0, 118))
+    scales = ", ".join(dict.fromkeys(table["scale"]))
+    axes.set(title=f"{what}, {scales} scale: run here", xlabel="exact match, %", xlim=(0, 118))
     axes.set_xticks(range(0, 101, 20))

@@ -137,7 +137,8 @@ def _rates(axes: Axes, table: pd.DataFrame) -> None:
         _curve(axes, one_each, "learning_rate", look[str(label)], str(label))
     axes.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
     plain_ticks(axes.xaxis, (1.0,))
-    axes.legend()
+    # Beside the panel, which the curves cross, where names of the next one leave room.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0)).set_in_layout(False)
 
 
 def _blocks(axes: Axes, table: pd.DataFrame) -> None:

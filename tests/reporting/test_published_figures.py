@@ -84,11 +84,13 @@ def test_what_was_run_here_is_filled_on_a_tinted_ground_with_intervals(rows, nam
     alone = getattr(beside_published, name)(rows, {})
     assert not any(filled(axes) for axes in alone.axes)
     assert "run here" not in said(alone)
-    *published, own = getattr(beside_published, name)(rows, {key: section()}).axes
+    figure = getattr(beside_published, name)(rows, {key: section()})
+    *published, own = figure.axes
     assert not any(filled(axes) for axes in published)
     assert filled(own)
     assert to_hex(own.get_facecolor()) == HERE_TINT.lower()
-    assert "small scale (SmolLM2-135M): run here" in own.get_title(loc="left")
+    assert "small scale: run here" in own.get_title(loc="left")
+    assert "run here on SmolLM2-135M, small scale" in said(figure)
     low, high = own.collections[0].get_segments()[0][:, 0]
     assert (low, high) == (40, 60)
 
