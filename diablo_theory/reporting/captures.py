@@ -21,6 +21,13 @@ _SHOWN = {
     ("diablo", "zero"): ("DiaBlo", DIABLO_BLUE, "o", True),
 }
 
+#: What the columns of a table of layers are.
+LAYER_NOTE = (
+    "Each method at DiaBlo's number of parameters. Rank 99%: directions that hold 99% of the inputs' energy; premise: "
+    "every X_i has the rank of X; percentages: captured of what full fine-tuning of the layer captures; leak share: "
+    "S3's leak over the full gradient."
+)
+
 
 def capture_figure(captures: pd.DataFrame) -> Figure:
     """Captured shares by layer at equal parameters.
@@ -51,13 +58,6 @@ def capture_figure(captures: pd.DataFrame) -> Figure:
 def short_name(layer: str) -> str:
     """Without what the layers of every Llama-type model have in common."""
     return layer.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
-
-
-LAYER_NOTE = (
-    "Each method at DiaBlo's number of parameters. Rank 99%: directions that hold 99% of the inputs' energy; premise: "
-    "every X_i has the rank of X; percentages: captured of what full fine-tuning of the layer captures; leak share: "
-    "S3's leak over the full gradient."
-)
 
 
 def readable_layers(layers: pd.DataFrame) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from diablo_theory.reporting.published import (
     odd_averages,
 )
 from diablo_theory.reporting.questions import Outcome
+from diablo_theory.reporting.questions.runs import tables_of
 from diablo_theory.reporting.suite_tables import NOTE, readable_section, title
 from diablo_theory.reporting.tables import task_name
 
@@ -122,7 +123,8 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
                 models, scales = (" and ".join(dict.fromkeys(chosen[key])) for key in ("model", "scale"))
                 what = f"{models} at {scales} scale"
                 label = f"{heading}: reproduced, {what} ({title(name).lower()})"
-                ids = tuple(f"suite-{suite}" for suite in dict.fromkeys(chosen["suite"]))
+                # The first names its files, whichever suites are collected.
+                ids = (f"reproduced-{names[0] if names else name}", *tables_of(chosen["suite"]))
                 shown.append(Shown(label, readable_section(chosen.reset_index(drop=True)), ids))
         if not small:
             shown.append(Shown(f"{heading}: nothing reproduced here yet"))

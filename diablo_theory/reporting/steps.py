@@ -133,8 +133,8 @@ def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
         contenders: As from :func:`read_steps`.
 
     Returns:
-        Columns Measure, N, Measured, Asked (at most), Met: whether the whole interval is below what was
-        asked, above it (no), or both (open).
+        Columns Measure, N, Measured, Asked (at most), Met: whether the whole interval of a ratio lies within
+        what was asked (yes), beyond it (no), or neither (open).
     """
     lines = []
     for (workload, count), part in contenders.groupby(["workload", "num_blocks"], sort=False):

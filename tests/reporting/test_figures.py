@@ -45,6 +45,10 @@ def test_every_figure_is_kept_as_it_is_drawn_or_says_which_command_is_missing(tm
     assert not changed, "these look otherwise than those kept: `python figures/make_figures.py`, look, and keep them"
 
 
+def test_every_figure_of_the_papers_says_what_is_on_it():
+    assert [stem for stem, entry in figures.ENTRIES.items() if len(entry.caption) < 20] == []
+
+
 def test_every_image_in_the_readme_has_a_producer():
     shown = set(re.findall(r"!\[[^\]]*\]\(figures/(\w+)\.\w+\)", (ROOT / "README.md").read_text()))
     assert shown

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import pandas as pd
-from pydantic import Field
 
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.questions.base import Answer, Outcome, Question
@@ -42,8 +41,8 @@ class Captures(Question):
     """Whether one set of updates captures at least as much as another in more than half of a real model's layers."""
 
     kind: Literal["captures"]
-    of: Captured = Field()
-    over: Captured = Field()
+    of: Captured
+    over: Captured
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
