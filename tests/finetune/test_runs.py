@@ -228,7 +228,7 @@ def test_whatever_a_model_writes_is_kept_to_the_letter(config, tmp_path, board, 
     numbered = [replace(e, cluster=str(i)) for i, e in enumerate(TASKS["word_problems"].examples(Wanted("test", 9)))]
     monkeypatch.setitem(TASKS, "word_problems", replace(TASKS["word_problems"], examples=lambda wanted: numbered))
     runs.execute(config(method="none"), tmp_path / "runs" / "run", board)
-    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": LAYOUT_VERSION}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": LAYOUT_VERSION, "scale": "small"}))
     assert collect(tmp_path).items["completion"].tolist() == expected
 
 
