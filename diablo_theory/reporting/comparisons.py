@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.intervals import paired_difference, score
+from diablo_theory.reporting.intervals import Estimate, mean_score, paired_difference, score
+from diablo_theory.reporting.published import AVERAGE
 from diablo_theory.reporting.suites import Suites, config_keys, metrics_of
 
 #: Keys that do not make two runs different experiments.
@@ -82,7 +83,8 @@ def scores(suites: Suites) -> pd.DataFrame:
     """Every experiment's scores over all its seeds.
 
     Returns:
-        A row an experiment, task and metric: suite, task, model, method, label, setting, experiment, alike, metric,
+        A row an experiment, task and metric, and where its runs have several tasks their plain mean as a further task,
+        ``average``, of the metrics in per cent: suite, task, model, method, label, setting, experiment, alike, metric,
         value, low, high (95%), n, seeds, diverged (further seeds that training did not survive; where none did, a row
         of NaN), trainable_params, scale, base (how the base's weights are kept), and the
         configuration's learning_rate, num_blocks.
@@ -101,16 +103,32 @@ def scores(suites: Suites) -> pd.DataFrame:
     outcomes = suites.outcomes.merge(named[["run_id", "experiment"]], on="run_id")
     for (experiment, task), items in outcomes.groupby(["experiment", "task"], sort=False):
         same = {"experiment": experiment, "task": task, "diverged": diverged.get(experiment, 0)} | known[experiment]
-        for metric in metrics_of(items):
-            found = score(items, metric)
-            interval = {"value": found.value, "low": found.low, "high": found.high}
-            rows.append(same | {"metric": metric} | interval | {"n": found.n, "seeds": found.seeds})
+        rows += [same | {"metric": metric} | _interval(score(items, metric)) for metric in metrics_of(items)]
+    lists = named[named["state"] == "finished"].groupby("experiment")["evaluate_on"].agg(["first", "nunique"])
+    for experiment, tasks in lists.loc[lists["nunique"] == 1, "first"].map(json.loads).items():
+        same = {"experiment": experiment, "task": AVERAGE, "diverged": diverged.get(experiment, 0)} | known[experiment]
+        for metric, found in _averages(outcomes[outcomes["experiment"] == experiment], tasks):
+            rows.append(same | {"metric": metric} | _interval(found))
     nothing = dict.fromkeys(("value", "low", "high"), float("nan")) | {"metric": "loss_per_token", "n": 0, "seeds": 0}
     for experiment in diverged.index.difference(pd.Index(outcomes["experiment"])):
         for task in json.loads(about.set_index("experiment").loc[experiment, "evaluate_on"]):
             same = {"experiment": experiment, "task": task, "diverged": diverged[experiment]} | known[experiment]
             rows.append(same | nothing)
     return pd.DataFrame(rows)
+
+
+def _averages(items: pd.DataFrame, tasks: list[str]) -> Iterator[tuple[str, Estimate]]:
+    """Means over several tasks, of the metrics in per cent that all of them have."""
+    parts = [items[items["task"] == task] for task in tasks]
+    if len(parts) > 1:
+        first, *others = (metrics_of(part) for part in parts)
+        for metric in first:
+            if metric != "loss_per_token" and all(metric in other for other in others):
+                yield metric, mean_score(parts, metric)
+
+
+def _interval(found: Estimate) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in ("value", "low", "high", "n", "seeds")}
 
 
 def _base(quantise: object, dtype: str) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.files import experiments_folder
+from diablo_theory.files import experiments_folder, read_json
 from diablo_theory.reading import read_yaml
 from diablo_theory.reporting.certificates import read_layers
 from diablo_theory.reporting.comparisons import differences, experiments, scores
+from diablo_theory.reporting.joining import made_from
 from diablo_theory.reporting.parameters import read_counts
 from diablo_theory.reporting.published import conflicts, read_published
 from diablo_theory.reporting.results import read_verdicts
@@ -118,7 +119,8 @@ class Evidence:
     def training(self) -> pd.DataFrame:
         """Every step of every collected run, with the run's method, task, seed and experiment."""
         named = experiments(self.suites).merge(
-            self.suites.configs[["run_id", "suite", "method", "train_on", "seed", "scale", "state"]], on="run_id"
+            self.suites.configs[["run_id", "suite", "model", "method", "train_on", "seed", "scale", "state"]],
+            on="run_id",
         )
         return self.suites.training.merge(named, on="run_id")
 
@@ -139,14 +141,21 @@ class Evidence:
         """
         file = _run_file(run)
         head = file.read_text(encoding="utf-8")
-        hardware, time = (re.search(rf"^# {name}: ([^;\n]*)", head, re.MULTILINE) for name in ("Hardware", "Time"))
-        if hardware is None or time is None:
+        found = re.search(r"^# Hardware: ([^;\n]*).*\n# Time: (?:training )?([^;\n]*)", head, re.MULTILINE)
+        if found is None:
             raise ResultsError(f"{file} does not say in its head what hardware and time it needs")
-        return f"{hardware[1]}, {time[1]}"
+        return f"{found[1]}, {found[2].replace(' at 30 to 50% of the peak rate', '')}"
 
-    def model(self, run: str) -> str:
-        """The model of a run file, as collected runs name it; arguments and errors are those of :meth:`needs`."""
-        return str(read_yaml(_run_file(run)).get("model", ""))
+    def of_run(self, run: str) -> pd.DataFrame:
+        """What collected runs of a run file scored: rows of :attr:`scores`, each task and metric once.
+
+        Of several experiments with what the file says (a model's weights may differ) it is the one of the most seeds.
+        Arguments and errors are those of :meth:`needs`.
+        """
+        named = experiments(self.suites)
+        ids = made_from(self.suites.configs, read_yaml(_run_file(run)))["run_id"]
+        own = self.scores[self.scores["experiment"].isin(named.loc[named["run_id"].isin(ids), "experiment"])]
+        return own.sort_values("seeds", kind="stable").drop_duplicates(["task", "metric"], keep="last")
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -154,6 +163,12 @@ class Evidence:
         file = self.papers / "diagnosis" / "layers.csv"
         _require(file, f"diablo-theory diagnose --out {self._named(file.parent)}")
         return read_layers(file, _LAYERS)
+
+    @cached_property
+    def layers_model(self) -> str:
+        """The model of :attr:`layers`, as it was recorded beside them."""
+        file = self.papers / "diagnosis" / "statistics.json"
+        return str(read_json(file).get("model", "a real model")) if file.is_file() else "a real model"
 
 
 def _run_file(run: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -105,12 +106,61 @@ def score(items: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
         return wilson(round(top.sum() / 100), n)
     value = float(_by_seed(top, bottom).mean())
     if percentage and value in (0.0, 100.0):
-        bound = wilson(units if value else 0, units)
-        return Estimate(value, bound.low, bound.high, 0.0, n, seeds)
+        return _of_all_or_none(value, units, n, seeds)
     (draws,) = _resample([(top, bottom)], clusters, seed)
     found = _estimate(draws, _by_seed(top, bottom), units, n)
     # Nothing measured lies below nought: Student's interval over seeds that differ much may.
     return _within(found, 0.0, 100.0 if percentage else np.inf)
+
+
+def mean_score(tasks: Sequence[pd.DataFrame], metric: str, seed: int = 0) -> Estimate:
+    """The plain mean of one method's scores on several tasks, as published averages are made.
+
+    Problems are resampled task by task; seeds enter as a whole, since one training stands behind all tasks.
+
+    Args:
+        tasks: For each task what :func:`score` takes; the same seeds in all of them.
+        metric: One of ``METRICS`` or ``METRICS_OF_SOME``.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The mean with its interval; NaN where a task does not have the metric. ``n`` counts all problems.
+
+    Raises:
+        ResultsError: If a task's seeds did not answer the same problems, or the tasks have different seeds.
+    """
+    seeds = [tuple(sorted(set(items["seed"]))) for items in tasks]
+    if len(set(seeds)) > 1:
+        raise ResultsError(f"{_name(tasks[0])}: not every task was scored for the same seeds.")
+    cubes = [_cube(items, metric) for items in tasks]
+    n = sum(top.shape[1] for top, _, _ in cubes)
+    if any(np.isnan(top).any() for top, _, _ in cubes):
+        return Estimate(np.nan, np.nan, np.nan, np.nan, n, len(seeds[0]))
+    draws = [_resample([(top, bottom)], clusters, seed)[0] for top, bottom, clusters in cubes]
+    # In another order they are independent of other tasks', and the resamples need not be drawn again.
+    rng = np.random.default_rng(seed)
+    draws = [rng.permutation(draw) for draw in draws]
+    by_seed = np.mean([_by_seed(top, bottom) for top, bottom, _ in cubes], axis=0)
+    units = [int(clusters.max()) + 1 for _, _, clusters in cubes]
+    percentage, value = _columns(metric)[1] is None, float(by_seed.mean())
+    if percentage and value in (0.0, 100.0):
+        return _of_all_or_none(value, sum(units), n, len(seeds[0]))
+    found = _estimate(np.mean(draws, axis=0), by_seed, min(units), n)
+    return _within(found, 0.0, 100.0 if percentage else np.inf)
+
+
+def independent_difference(first: Estimate, second: Estimate) -> Estimate:
+    """Difference ``first - second`` of two scores that cannot be paired, from their own intervals.
+
+    Where both were scored on the same problems this is wider than it need be.
+
+    Source: Zou and Donner (2008), the method of variance estimates recovery (MOVER); Newcombe's method 10 is the same
+    for two Wilson intervals.
+    """
+    below = float(np.hypot(first.value - first.low, second.high - second.value))
+    above = float(np.hypot(first.high - first.value, second.value - second.low))
+    value, error = first.value - second.value, float(np.hypot(first.stderr, second.stderr))
+    return Estimate(value, value - below, value + above, error, min(first.n, second.n), min(first.seeds, second.seeds))
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, seed: int = 0) -> Estimate:
@@ -156,6 +206,12 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, metric: str, se
     return _within(found, -100.0, 100.0)
 
 
+def _of_all_or_none(value: float, units: int, n: int, seeds: int) -> Estimate:
+    """All solved, or none: there is nothing to resample."""
+    bound = wilson(units if value else 0, units)
+    return Estimate(value, bound.low, bound.high, 0.0, n, seeds)
+
+
 def _within(found: Estimate, least: float, most: float) -> Estimate:
     """An estimate whose interval ends where its quantity does, which loses no coverage."""
     return replace(found, low=max(found.low, least), high=min(found.high, most))
@@ -166,10 +222,8 @@ def _newcombe(first: float, second: float, units: int) -> tuple[float, float]:
 
     Source: Newcombe (1998), method 10: the two Wilson intervals, put together.
     """
-    one, two = (wilson(round(value * units / 100), units) for value in (first, second))
-    below = float(np.hypot(one.value - one.low, two.high - two.value))
-    above = float(np.hypot(one.high - one.value, two.value - two.low))
-    return first - second - below, first - second + above
+    found = independent_difference(*(wilson(round(value * units / 100), units) for value in (first, second)))
+    return found.low, found.high
 
 
 def time_ratio(step_times: pd.DataFrame, method: str, reference: str) -> Estimate:

@@ -21,6 +21,9 @@ from diablo_theory.reporting.suites import (
     suites_of,
 )
 
+#: Keys of how a run is done, not of what it is: how its batches are divided, how often it saves.
+TECHNICAL = ("data_root", "device", "eval_batch_size", "micro_batch_size", "save_every", "keep_weights")
+
 
 def gather(sources: Sequence[Path], *, replace: bool = False) -> Suites:
     """Runs from several places as one collection.
@@ -72,14 +75,32 @@ def collected(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> set[str
     return {name for name, config in configs.items() if name in known and _agree(known[name], config)}
 
 
+def made_from(configs: pd.DataFrame, stated: Mapping[str, Any]) -> pd.DataFrame:
+    """Runs of a collection that say what a run file says.
+
+    Args:
+        configs: A row a run, of a collection.
+        stated: The file's keys. A model is known by the last part of its name, which a local folder has, too; the seed
+            and keys of how a run is done alone tell none from another.
+    """
+    keys = [key for key in config_keys(configs) if key not in {"model", "seed", *TECHNICAL}]
+    wanted = {key: stated[key] for key in keys if key in stated}
+    same = [_agree(run, wanted) for run in configs[keys].to_dict("records")]
+    models = configs["model"].map(lambda model: Path(model).name.casefold())
+    return configs[pd.Series(same, index=configs.index) & (models == Path(stated["model"]).name.casefold())]
+
+
 def _agree(kept: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     return all(key in kept and _same(kept[key], value) for key, value in config.items())
 
 
 def _same(cell: Any, value: Any) -> bool:
+    """Whether a cell of a collection has a value; of a mapping at least those keys that the value has."""
     if value is None:
         return bool(pd.isna(cell))
-    if isinstance(value, dict | list):
+    if isinstance(value, dict):
+        return isinstance(cell, str) and value.items() <= json.loads(cell).items()
+    if isinstance(value, list):
         return isinstance(cell, str) and bool(json.loads(cell) == value)
     return bool(cell == value)
 

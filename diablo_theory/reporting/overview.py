@@ -28,22 +28,22 @@ from diablo_theory.reporting.questions.runs import tables_of
 from diablo_theory.reporting.suite_tables import NOTE, readable_section, title
 from diablo_theory.reporting.tables import task_name
 
-#: Suites of the paper: heading, published suites, sections of collected runs that ask the same at small scale.
+#: Suites of the paper: heading, published suites, sections of collected runs that belong beside them.
 SUITES = {
-    "Commonsense reasoning": (("commonsense",), ("methods",)),
-    "Arithmetic reasoning": (("arithmetic", "math_10k"), ("methods",)),
+    "Commonsense reasoning": (("commonsense",), ("commonsense", "methods")),
+    "Arithmetic reasoning": (("arithmetic", "math_10k"), ("arithmetic", "methods")),
     "Arithmetic reasoning from 100,000 examples": (("arithmetic_100k",), ()),
     "GSM8K alone": (("gsm8k",), ()),
     "Quantised models": (("quantised", "quantised_gsm8k"), ("bases",)),
     "Quantisers alone": (("quantisers",), ()),
     "Sparsity patterns": (("patterns",), ("patterns",)),
     "Number of blocks, learning rates": ((), ("blocks", "learning_rates")),
-    "Code": (("code",), ()),
+    "Code": (("code",), ("code",)),
     "Code from 100,000 examples": (("code_100k",), ()),
-    "Safety": (("safety",), ()),
-    "Efficiency": (("efficiency",), ()),
+    "Safety": (("safety",), ("safety",)),
+    "Efficiency": (("efficiency",), ("efficiency",)),
 }
-#: Of the section with the methods: the small-scale tasks that stand for a suite.
+#: Of the section with the methods: the tasks whose own suites stand for one of the paper's at small scale.
 TASKS = {"Commonsense reasoning": ("boolq", "arc_easy"), "Arithmetic reasoning": ("word_problems", "gsm8k")}
 _DEVIATION = re.compile(r"^- `([a-z0-9-]+)`: (.*(?:\n  .*)*)", re.MULTILINE)
 
@@ -55,8 +55,8 @@ def decided_claims(evidence: Evidence) -> list[Decided]:
 
 
 CLAIMS_TEXT = (
-    "Every outcome is computed from saved verdicts, measurements and scores. What a machine without a GPU cannot "
-    "decide stays open, with the command that would decide it; published numbers are no evidence of their own."
+    "Every outcome is computed from saved verdicts, measurements and scores. What these do not decide stays open, "
+    "with the command that would decide it and what it needs; published numbers are no evidence of their own."
 )
 #: Sections of the claims: heading, and whose.
 CLAIMS_BY = {"The paper's claims": "paper", "Beyond the paper, and its questions at small scale": "ours"}
@@ -111,22 +111,27 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
     if published is None and not sections:
         return
     shown: list[Shown] = []
-    for heading, (names, of_small) in SUITES.items():
+    shown_sections = {name for _, of_runs in SUITES.values() for name in of_runs}
+    others = {title(name): ((), (name,)) for name in sections if name not in shown_sections}
+    for heading, (names, of_runs) in {**SUITES, **others}.items():
         if published is not None and names:
             frame = readable_published(published[published["suite"].isin(names)])
             ids, figures = tuple(f"published-{name}" for name in names), PUBLISHED_FIGURES.get(names[0], ())
             shown.append(Shown(f"{heading}: published, at full scale", frame, ids, figures))
-        small = [(name, sections[name]) for name in of_small if name in sections]
-        for name, frame in small:
-            chosen = frame[frame["task"].isin(TASKS[heading])] if heading in TASKS else frame
+        before = len(shown)
+        for name in [name for name in of_runs if name in sections]:
+            frame = sections[name]
+            chosen = frame[frame["task"].isin(TASKS[heading])] if name == "methods" else frame
             if not chosen.empty:
                 models, scales = (" and ".join(dict.fromkeys(chosen[key])) for key in ("model", "scale"))
                 what = f"{models} at {scales} scale"
                 label = f"{heading}: reproduced, {what} ({title(name).lower()})"
-                # The first names its files, whichever suites are collected.
-                ids = (f"reproduced-{names[0] if names else name}", *tables_of(chosen["suite"]))
+                # The first id names its files, whichever suites are collected.
+                key = names[0] if names else name
+                whole = "-suite" if name == key and len(of_runs) > 1 else ""
+                ids = (f"reproduced-{key}{whole}", *tables_of(chosen["suite"]))
                 shown.append(Shown(label, readable_section(chosen.reset_index(drop=True)), ids))
-        if not small:
+        if before == len(shown):
             shown.append(Shown(f"{heading}: nothing reproduced here yet"))
     if sections:
         shown.append(Shown("Reproduced, in pictures", figures=("suites_methods", "suites_settings", "gradient_norms")))
@@ -285,7 +290,7 @@ def _ages(dates: pd.DataFrame, today: date) -> Iterable[Part]:
         lines.append(
             {
                 "Input": row["input"],
-                "Runs": str(row["runs"] or "—"),
+                "Runs": str(int(row["runs"])) if row["runs"] else "—",
                 "Seeds": str(row["seeds"]) or "—",
                 "Made on": _days(str(row["date"])[:10], str(row.get("last", ""))[:10]),
                 "Age": _age(str(row["date"])[:10], today),

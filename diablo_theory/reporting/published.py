@@ -84,6 +84,8 @@ _TEXT = (
     *("source", "suite", "table", "model", "method", "setting", "metric", "run_id", "scale", "note"),
     *("certainty", "origin"),
 )
+#: Quoted shares of parameters of one setting are apart by less than this factor, by ways of counting.
+SHARES = 1.5
 #: What of a setting makes two of them different, by the words that it is printed with.
 _KNOBS = (r"\br=(\d+)", r"\bN=(\d+)", r"([\d.]+)[- ]bits?\b", r"\bW(\d)A16", r"\blr=([\de.-]+)", r"\bg(\d+)")
 
@@ -180,13 +182,14 @@ def conflicts(rows: pd.DataFrame) -> pd.DataFrame:
     for named, group in rows.groupby(["suite", "model", "method"], sort=False):
         entries = [entry for _, entry in group.groupby(["file", "setting"], sort=False)]
         for first, second in itertools.combinations(entries, 2):
-            other = first["origin"].iloc[0] != second["origin"].iloc[0]
-            explained = _is_another(first, second, entries) or _is_another(second, first, entries)
-            if other and not explained and _are_nearest(first, second, entries):
-                apart = _apart(first, second)
-                if len(differing := _differing(apart)):
-                    pair = [*named, *_shown(first), *_shown(second)]
-                    found.append([*pair, len(apart), len(differing), differing["apart"].max()])
+            if first["origin"].iloc[0] == second["origin"].iloc[0]:
+                continue
+            apart = _apart(first, second)
+            differing = _differing(apart)
+            same = len(differing) and _are_nearest(first, second, entries)
+            if same and _may_be_one_setting(first, second, entries):
+                pair = [*named, *_shown(first), *_shown(second)]
+                found.append([*pair, len(apart), len(differing), differing["apart"].max()])
     return pd.DataFrame(found, columns=columns)
 
 
@@ -207,22 +210,27 @@ def _differing(apart: pd.DataFrame) -> pd.DataFrame:
     return apart[apart["apart"] > apart["error"] + 1e-9]
 
 
-def _is_another(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.DataFrame]) -> bool:
-    """Whether the second's numbers are those of an entry that is of another setting than the first."""
-    one, two = first["setting"].iloc[0], second["setting"].iloc[0]
-    for entry in entries:
-        said = entry["setting"].iloc[0]
-        if entry is not second and _may_be_same(said, two) and not _may_be_same(said, one):
-            apart = _apart(entry, second)
-            if len(apart) and _differing(apart).empty:
-                return True
-    return False
+def _may_be_one_setting(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.DataFrame]) -> bool:
+    return any(
+        _may_be_same(one, two) for one, two in itertools.product(_possible(first, entries), _possible(second, entries))
+    )
+
+
+def _possible(entry: pd.DataFrame, entries: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The entry itself, or those that say their setting and have the very numbers of it."""
+    found = []
+    for other in entries:
+        says = any(re.search(knob, other["setting"].iloc[0]) for knob in _KNOBS)
+        if other is not entry and says and _may_be_same(other, entry):
+            apart = _apart(other, entry)
+            found += [other] if len(apart) and _differing(apart).empty else []
+    return found or [entry]
 
 
 def _are_nearest(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.DataFrame]) -> bool:
     def distance(one: pd.DataFrame, two: pd.DataFrame) -> float:
         apart = _apart(one, two)["apart"].mean()
-        return float(apart) if _may_be_same(one["setting"].iloc[0], two["setting"].iloc[0]) else float("nan")
+        return float(apart) if _may_be_same(one, two) else float("nan")
 
     def is_nearest(one: pd.DataFrame, two: pd.DataFrame) -> bool:
         others = [entry for entry in entries if entry["file"].iloc[0] == two["file"].iloc[0]]
@@ -231,9 +239,11 @@ def _are_nearest(first: pd.DataFrame, second: pd.DataFrame, entries: list[pd.Dat
     return is_nearest(first, second) and is_nearest(second, first)
 
 
-def _may_be_same(first: str, second: str) -> bool:
+def _may_be_same(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    """Whether nothing that is said of two entries makes them different settings of a method."""
     for knob in _KNOBS:
-        one, two = re.search(knob, first), re.search(knob, second)
+        one, two = (re.search(knob, entry["setting"].iloc[0]) for entry in (first, second))
         if one and two and one[1] != two[1]:
             return False
-    return True
+    shares = [entry["trainable_pct"].iloc[0] for entry in (first, second)]
+    return not max(shares) > SHARES * min(shares)  # unknown ones are NaN

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import dots, line, plain_ticks
 from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
 from diablo_theory.reporting.tables import TASK_NAMES, task_name
@@ -59,11 +58,9 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
     """Held-out loss over the learning rate and N, of the sparsity patterns, and on quantised bases.
 
     Args:
-        sections: From :func:`~.suite_tables.build_sections`; a panel for each of these four that is there.
+        sections: From :func:`~.suite_tables.build_sections`; a panel for each of these four that is there. Of several
+            models, scales or tasks it shows those with the most experiments, and the foot says which are left out.
         note: The line about the scale.
-
-    Raises:
-        ResultsError: If a section holds several tasks, which one panel cannot show.
     """
     # Rows with long names stand in one column, so that they take room from each other alone.
     drawers = {"learning_rates": _rates, "patterns": _rows, "blocks": _blocks, "bases": _rows}
@@ -71,21 +68,29 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
     rows = (len(present) + 1) // 2
     figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * rows))
     panels = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axes, name in zip(panels, present, strict=False):
-        drawers[name](axes, sections[name].dropna(subset=["loss_per_token"]).reset_index(drop=True))
-        axes.set_title(f"{TITLES[name]}, {_task_of(name, sections[name])}")
+    shown = {name: _largest(sections[name]) for name in present}
+    for axes, (name, table) in zip(panels, shown.items(), strict=False):
+        drawers[name](axes, table.dropna(subset=["loss_per_token"]).reset_index(drop=True))
+        task = str(table["task"].iloc[0])
+        axes.set_title(f"{TITLES[name]}, {task_name(task) if task in TASK_NAMES else task_name(task).lower()}")
     for axes in panels[len(present) :]:
         axes.set_axis_off()
-    figure.supxlabel(_foot([sections[name] for name in present], note), fontsize=8, color=GREY)
+    others = []
+    for name, table in shown.items():
+        rest = sections[name].drop(table.index).drop_duplicates(["model", "scale", "task"]).to_dict("records")
+        what = TITLES[name].lower()
+        others += [f"{task_name(row['task'])} ({what}, {row['model']}, {row['scale']} scale)" for row in rest]
+    also = f" In the tables alone: {', '.join(others)}." if others else ""
+    figure.supxlabel(_foot(list(shown.values()), note + also), fontsize=8, color=GREY)
     return figure
 
 
-def _task_of(panel: str, section: pd.DataFrame) -> str:
-    tasks = [str(task) for task in dict.fromkeys(section["task"])]
-    if len(tasks) > 1:
-        raise ResultsError(f"the section {panel} holds {' and '.join(tasks)}; a panel of the figure shows one task")
-    name = task_name(tasks[0])
-    return name if tasks[0] in TASK_NAMES else name.lower()
+def _largest(section: pd.DataFrame) -> pd.DataFrame:
+    """Of what a section holds, the model, scale and task that the most experiments have: a panel shows one."""
+    groups = section.groupby(["model", "scale", "task"], sort=False)["task"].transform("size")
+    first = section[groups == groups.max()].iloc[0]
+    same = (section[["model", "scale", "task"]] == first[["model", "scale", "task"]]).all(axis=1)
+    return section[same]
 
 
 def _foot(tables: Sequence[pd.DataFrame], note: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from diablo_theory.reporting.comparisons import differences, scores
+from diablo_theory.reporting.published import AVERAGE
 from diablo_theory.reporting.suites import Suites
 from diablo_theory.reporting.tables import interval, markdown, task_name, whole
 
@@ -14,10 +15,17 @@ from diablo_theory.reporting.tables import interval, markdown, task_name, whole
 SHOWN = {
     "exact_match": ("Exact match, %", 1),
     "likelihood": ("By likelihood, %", 1),
+    "pass@1": ("pass@1, %", 1),
+    "pass@5": ("pass@5, %", 1),
+    "pass@10": ("pass@10, %", 1),
+    "safe": ("Safe, %", 1),
+    "safe_response": ("Safe by the response alone, %", 1),
     "loss_per_token": ("Held-out loss, nats/token", 4),
 }
 LESS = {
     "exact_match": ("Exact match minus DiaBlo's, points", 1),
+    "pass@1": ("pass@1 minus DiaBlo's, points", 1),
+    "safe": ("Safe minus DiaBlo's, points", 1),
     "loss_per_token": ("Loss minus DiaBlo's, nats/token", 4),
 }
 #: What every number of these tables is.
@@ -104,16 +112,22 @@ def _wide(long: pd.DataFrame, suffix: str) -> pd.DataFrame:
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """Tasks in order of appearance; within each, the untouched model, full fine-tuning, DiaBlo, LoRA, the others."""
+    """Models and tasks in order of appearance, averages last.
+
+    Within each the untouched model, full fine-tuning, DiaBlo, LoRA, the others.
+    """
     first = {"none": 0, "full": 1, "diablo": 2, "lora": 3}
     tasks = {task: place for place, task in enumerate(dict.fromkeys(frame["task"]))}
+    tasks |= {AVERAGE: len(tasks)} if AVERAGE in tasks else {}
     order = frame.assign(
+        _model=frame["model"].map({model: place for place, model in enumerate(dict.fromkeys(frame["model"]))}),
         _task=frame["task"].map(tasks),
         _base=frame["base"] != frame["base"].iloc[0],
         _method=frame["method"].map(lambda method: first.get(method, 4)),
     )
-    order = order.sort_values(["_task", "_base", "_method", "method", "num_blocks", "learning_rate"], kind="stable")
-    return order.drop(columns=["_task", "_base", "_method"]).reset_index(drop=True)
+    own = ["_model", "_task", "_base", "_method"]
+    order = order.sort_values([*own, "method", "num_blocks", "learning_rate"], kind="stable")
+    return order.drop(columns=own).reset_index(drop=True)
 
 
 def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
@@ -123,6 +137,8 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
         frame: What :func:`build_sections` gave.
     """
     table = pd.DataFrame({"Task": frame["task"].map(task_name), "Method": frame["label"]})
+    if len(set(frame["model"])) > 1:
+        table.insert(0, "Model", frame["model"])
     if len(set(frame["base"])) > 1:
         table["Base"] = frame["base"]
     if len(set(frame["scale"])) > 1:

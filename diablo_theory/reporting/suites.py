@@ -124,7 +124,7 @@ _NEEDED = {
     ),
     OUTCOMES: (
         *("run_id", "task", "seed", "label", "item", "cluster", "prompt", "answer"),
-        *("tokens", "loss_sum", "exact"),
+        *("tokens", "loss_sum"),
     ),
     TRAINING: ("run_id", "step", "loss", "learning_rate", "grad_norm"),
 }

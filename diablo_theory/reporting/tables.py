@@ -20,6 +20,8 @@ TASK_NAMES = {
     "arc_easy": "ARC-Easy",
     "arc_challenge": "ARC-Challenge",
     "gsm8k": "GSM8K",
+    "gsm8k_metamath": "GSM8K",
+    "gsm8k_math10k": "GSM8K",
     "math": "MATH",
     "piqa": "PIQA",
     "social_i_qa": "SIQA",
@@ -31,6 +33,7 @@ TASK_NAMES = {
     "aqua": "AQuA",
     "humaneval": "HumanEval",
     "hex_phi": "HEx-PHI",
+    "hexphi": "HEx-PHI",
     "wikitext2": "WikiText2",
     "c4": "C4",
 }

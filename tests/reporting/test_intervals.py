@@ -1,6 +1,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import t
 
 from diablo_theory.errors import ResultsError
@@ -196,3 +198,41 @@ def test_intervals_over_three_seeds_cover_what_they_say(seed_spread):
 
 def test_a_metric_that_the_task_lacks_is_nan():
     assert np.isnan(intervals.score(frame([1, 0]), "lenient_match").value)
+
+
+def test_an_average_over_tasks_is_plain_and_counts_the_seeds_once():
+    """Published averages weigh tasks alike; a training that went well lifts all of its tasks."""
+    rng = np.random.default_rng(0)
+    easy, hard = (
+        pd.concat(
+            [frame((rng.random(n) < share + lift).astype(float), seed=s) for s, lift in enumerate((0, 0.1, 0.2))]
+        )
+        for n, share in ((200, 0.6), (50, 0.2))
+    )
+    one, two = (intervals.score(task, "exact_match") for task in (easy, hard))
+    found = intervals.mean_score([easy, hard], "exact_match")
+    assert found.value == pytest.approx((one.value + two.value) / 2)
+    assert (found.n, found.seeds) == (250, 3)
+    means = pd.concat([easy, hard]).assign(task=[0] * 600 + [1] * 150).groupby(["seed", "task"])["exact"].mean()
+    between = (100 * means.groupby("seed").mean()).var() / 3
+    items = [t.groupby("item")["exact"].mean().var() * 1e4 / t["item"].nunique() for t in (easy, hard)]
+    assert found.stderr == pytest.approx((between + sum(items) / 4) ** 0.5, rel=0.02)
+
+
+def test_an_average_needs_the_same_seeds_and_has_a_width_where_all_is_solved():
+    with pytest.raises(ResultsError, match="not every task was scored for the same seeds"):
+        intervals.mean_score([frame(np.ones(4)), frame(np.ones(4), seed=1)], "exact_match")
+    found = intervals.mean_score([frame(np.ones(10)), frame(np.ones(20))], "exact_match")
+    assert (found.value, found.high, found.low) == (100.0, 100.0, intervals.wilson(30, 30).low)
+    assert np.isnan(intervals.mean_score([frame(np.ones(4)), frame(np.ones(4))], "lenient_match").value)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1), st.floats(0, 1))
+def test_the_difference_of_two_scores_is_newcombe_s(n, m, p, q):
+    one, two = intervals.wilson(round(p * n), n), intervals.wilson(round(q * m), m)
+    found = intervals.independent_difference(one, two)
+    below = ((one.value - one.low) ** 2 + (two.high - two.value) ** 2) ** 0.5
+    above = ((one.high - one.value) ** 2 + (two.value - two.low) ** 2) ** 0.5
+    assert (found.low, found.high) == pytest.approx((found.value - below, found.value + above))
+    back = intervals.independent_difference(two, one)
+    assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low), abs=1e-9)

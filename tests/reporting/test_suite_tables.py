@@ -244,8 +244,11 @@ def test_figures_say_what_the_bars_are_and_which_seeds_are_missing():
 def test_every_panel_of_settings_names_its_one_task(sections):
     titles = [axes.get_title(loc="left") for axes in settings(sections, "").axes]
     assert titles == [f"{what}, word problems" for what in ("Learning rate", "Patterns", "Number of blocks", "Bases")]
-    with pytest.raises(ResultsError, match="the section blocks holds word_problems and boolq; a panel"):
-        settings({"blocks": pd.concat([sections["blocks"], sections["methods"]])}, "")
+    more = pd.concat([sections["blocks"], sections["methods"].tail(1).assign(task="boolq")], ignore_index=True)
+    figure = settings({"blocks": more}, "The scale.")
+    assert figure.axes[0].get_title(loc="left") == "Number of blocks, word problems"
+    foot = figure.get_supxlabel().replace("\n", " ")
+    assert "The scale. In the tables alone: BoolQ (number of blocks, small, small scale)." in foot
 
 
 def test_the_summary_says_when_and_where():

@@ -45,7 +45,12 @@ class StepRatio(Question):
             outcomes.append(self._judged(ratio))
             told.append(f"{interval(ratio.value, ratio.low, ratio.high, 3)} at N = {count}'s budget")
         text = f"a step of {method_name(self.of)} takes {' and '.join(told)} times {method_name(self.over)}'s"
+        text += self._asked()
         return Answer(min(outcomes), text, _where(contenders), "steps", _MORE, ("steps",), ("steps",))
+
+    def _asked(self) -> str:
+        limits = {"at most": self.at_most, "at least": self.at_least}
+        return f" (asked: {' and '.join(f'{how} {limit:g}' for how, limit in limits.items() if limit is not None)})"
 
     def _judged(self, ratio: Estimate) -> Outcome:
         low = -np.inf if self.at_least is None else self.at_least
@@ -71,6 +76,7 @@ class Memory(Question):
             ratios.append(float(peak[self.of] / peak[self.over]))
             told.append(f"{ratios[-1]:.4f} at N = {count}'s budget")
         text = f"{method_name(self.of)}'s peak is {' and '.join(told)} times {method_name(self.over)}'s"
+        text += f" (asked: at most {self.at_most:g})"
         outcome = Outcome.HOLDS if max(ratios) <= self.at_most else Outcome.FAILS
         return Answer(outcome, text, _where(contenders), "steps", rows=("steps",), figures=("steps",))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import pandas as pd
-
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.questions.base import Answer, Outcome, Question
 
@@ -34,7 +32,7 @@ class Premise(Question):
             f"{short.min():.2g} to {short.max():.2g} times as many directions as a block has rows"
         )
         outcome = Outcome.HOLDS if held == len(layers) else Outcome.FAILS
-        return Answer(outcome, text, _model(layers), LAYERS, rows=("layers",))
+        return Answer(outcome, text, _where(evidence), LAYERS, rows=("layers",))
 
 
 class Captures(Question):
@@ -56,8 +54,9 @@ class Captures(Question):
             f"{len(layers)}"
         )
         outcome = Outcome.HOLDS if wins > len(layers) / 2 else Outcome.FAILS
-        return Answer(outcome, text, _model(layers), LAYERS, rows=("layers",), figures=("captures",))
+        return Answer(outcome, text, _where(evidence), LAYERS, rows=("layers",), figures=("captures",))
 
 
-def _model(layers: pd.DataFrame) -> str:
-    return f"a real model's {len(layers)} layers, {layers['tokens'].iloc[0]:,} tokens"
+def _where(evidence: Evidence) -> str:
+    layers = evidence.layers
+    return f"{evidence.layers_model}, {len(layers)} layers, {layers['tokens'].iloc[0]:,} tokens"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Literal
 
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.evidence import Evidence, NotMadeError
+from diablo_theory.reporting.intervals import Estimate, independent_difference
 from diablo_theory.reporting.parameters import READINGS, reading
 from diablo_theory.reporting.published import AVERAGE, PUBLISHED_FIGURES
 from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
@@ -22,8 +24,21 @@ MARGIN = 0.01
 class Headline(Question):
     """A comparison of the paper's own numbers: what it prints, what other sources print, and what would decide it.
 
-    Numbers of others are no evidence of one's own: the answer is open until runs of that suite and model at full scale
-    are collected, of all methods; these decide it then, as those of :class:`~.runs.Compared` do.
+    Numbers of others are no evidence of one's own: the answer is open until the run files are run at full scale and
+    collected. Each method is scored by its own recipe then, as in the paper, so that differences are those of two
+    scores, not of pairs; what they say is decided as in :class:`~.runs.Compared`. A method without a run file keeps
+    the claim from holding, not from failing.
+
+    Attributes:
+        suite: Of the published rows.
+        model: As published rows name it.
+        tables: Those that are compared; ``average``: the mean of all tasks.
+        metric: By what.
+        against: Methods that DiaBlo is said to be ahead of, as published rows name them.
+        level: Those that it is said to match, or more.
+        containing: What settings of the published rows must contain.
+        runs: Run files below ``experiments``, of DiaBlo and of those methods that have one.
+        also: What the runs need beside hardware and time.
     """
 
     kind: Literal["headline"]
@@ -32,44 +47,82 @@ class Headline(Question):
     tables: tuple[str, ...] = (AVERAGE,)
     metric: str = "exact_match"
     against: tuple[str, ...] = Field(min_length=1)
+    level: tuple[str, ...] = ()
     containing: str = ""
-    run: str
+    runs: dict[str, str]
     also: str = ""
+
+    @model_validator(mode="after")
+    def _files_of_these_methods(self) -> Headline:
+        if "diablo" not in self.runs:
+            raise ValueError("runs must name DiaBlo's run file, as diablo")
+        if others := self.runs.keys() - {"diablo", *self.methods}:
+            raise ValueError(f"runs names {', '.join(sorted(others))}, which DiaBlo is not compared with here")
+        return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All that DiaBlo is compared with."""
+        return self.against + self.level
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
         printed = self._printed(evidence)
         own = self._own(evidence)
-        if set(self.against) <= set(own["method"]):
-            outcome, text = compared(own, self.metric, MARGIN)
-            return Answer(
-                outcome,
-                f"{text}; printed: {printed}",
-                "full scale",
-                SUITES,
-                "more seeds of the same runs",
-                (*tables_of(own["suite"]), f"published-{self.suite}"),
-                PUBLISHED_FIGURES.get(self.suite, ()),
-            )
-        needs = "; ".join(part for part in (evidence.needs(self.run), self.also) if part)
+        published, figures = f"published-{self.suite}", PUBLISHED_FIGURES.get(self.suite, ())
+        if own.empty:
+            where, text = "the paper's own numbers, not reproduced", printed
+            return Answer(Outcome.OPEN, text, where, "published", self._decides(evidence), (published,), figures)
+        outcome, text = compared(own, self.metric, MARGIN)
+        missing = [method_name(method) for method in self.methods if method not in set(own["method"])]
+        if missing:
+            text += f"; not run: {', '.join(missing)}"
+            outcome = min(outcome, Outcome.OPEN)
+        seeds = int(own["seeds"].min())
         return Answer(
-            Outcome.OPEN,
-            printed,
-            "the paper's own numbers, not reproduced",
-            "published",
-            f"`diablo-theory train experiments/{self.run}` and its neighbours ({needs})",
-            (f"published-{self.suite}",),
-            PUBLISHED_FIGURES.get(self.suite, ()),
+            outcome,
+            f"{text}; printed: {printed}",
+            f"full scale, {seeds} seed{'s' if seeds > 1 else ''}",
+            SUITES,
+            self._decides(evidence) if missing else "more seeds of the same runs",
+            (*tables_of([self.suite]), published),
+            figures,
         )
 
+    def _decides(self, evidence: Evidence) -> str:
+        """The command, and what each run needs."""
+        files = " ".join(f"experiments/{file}" for file in self.runs.values())
+        each = [f"{method_name(method)}: {evidence.needs(file)}" for method, file in self.runs.items()]
+        needs = "; ".join([*each, self.also] if self.also else each)
+        without = [method_name(method) for method in self.methods if method not in self.runs]
+        none = f"; of {', '.join(without)} there is no run file" if without else ""
+        return f"`diablo-theory sweep {files}`, then `diablo-theory collect` ({needs}){none}"
+
     def _own(self, evidence: Evidence) -> pd.DataFrame:
-        """This project's differences to DiaBlo of the methods in question, at full scale."""
+        """The methods' scores minus DiaBlo's, of runs at full scale: what :func:`~.runs.compared` takes."""
+        scores = {method: self._scores(evidence, file) for method, file in self.runs.items()}
+        diablo = scores.pop("diablo")
+        rows = []
+        for method, found in scores.items():
+            for table in found.keys() & diablo.keys():
+                less = independent_difference(found[table], diablo[table])
+                interval = {"value": less.value, "low": less.low, "high": less.high, "seeds": less.seeds}
+                about = {"method": method, "label": method_name(method), "task": table}
+                rows.append(about | interval | {"diablo": diablo[table].value, "must_lead": method in self.against})
+        columns = ["method", "label", "task", "value", "low", "high", "seeds", "diablo", "must_lead"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _scores(self, evidence: Evidence, file: str) -> dict[str, Estimate]:
         try:
-            rows = evidence.differences
+            rows = evidence.of_run(file)
         except NotMadeError:
-            return pd.DataFrame(columns=["method"])
-        here = (rows["suite"] == self.suite) & (rows["model"] == evidence.model(self.run)) & (rows["scale"] == "full")
-        return rows[here & (rows["metric"] == self.metric) & rows["method"].isin(self.against)]
+            return {}
+        rows = rows[(rows["metric"] == self.metric) & (rows["scale"] == "full")].assign(stderr=float("nan"))
+        # Tasks here may be called otherwise than published tables; readers see one name.
+        tables = {task_name(table): table for table in self.tables}
+        rows = rows.assign(table=rows["task"].map(task_name).map(tables)).dropna(subset="table")
+        names = [field.name for field in fields(Estimate)]
+        return {row["table"]: Estimate(**{name: row[name] for name in names}) for row in rows.to_dict("records")}
 
     def _printed(self, evidence: Evidence) -> str:
         rows, apart = evidence.published, evidence.conflicts
@@ -80,7 +133,7 @@ class Headline(Question):
     def _margins(self, rows: pd.DataFrame, apart: pd.DataFrame, table: str) -> str:
         diablo = self._best(rows, "diablo", table)
         told, not_ahead = [], []
-        for method in self.against:
+        for method in self.methods:
             best = self._best(rows, method, table)
             also = _elsewhere(apart, best) if table == AVERAGE else []
             told.append(f"{method_name(method)} {_value(best)}" + (f" (elsewhere {', '.join(also)})" if also else ""))

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from pydantic import Field
+from scipy.stats import t as student
 
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
@@ -58,21 +59,28 @@ class Compared(Question):
         if missing := sorted(wanted - there) if wanted else [("any method", task) for task in self.tasks]:
             named = ", ".join(f"{method_name(method)} on {task_name(task)}" for method, task in missing)
             text = f"of {named} fewer than {self.seeds} seeds are collected"
-            return Answer(Outcome.OPEN, text, f"{self.scale} scale", SUITES, _RUN, tables_of(rows["suite"]), figures)
+            scale = _scale(self.scale, rows)
+            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN, tables_of(rows["suite"]), figures)
         if len(set(rows["base"])) > 1:
             rows = rows.assign(label=rows["label"] + " (" + rows["base"] + ")")
         outcome, text = compared(rows, self.metric, self.margin)
         died = rows[rows["diverged"] > 0]
         if lost := [f"{label} on {task_name(task)}" for label, task in zip(died["label"], died["task"], strict=True)]:
             text += f"; of {', '.join(lost)} some seeds diverged"
-        return Answer(outcome, text, f"{self.scale} scale", SUITES, _SEEDS, tables_of(rows["suite"]), figures)
+        return Answer(outcome, text, _scale(self.scale, rows), SUITES, _SEEDS, tables_of(rows["suite"]), figures)
+
+
+def _scale(scale: Scale, rows: pd.DataFrame) -> str:
+    models = " and ".join(dict.fromkeys(rows["model"]))
+    return f"{models}, {scale} scale" if models else f"{scale} scale"
 
 
 def compared(rows: pd.DataFrame, metric: str, margin: float) -> tuple[Outcome, str]:
     """What differences to DiaBlo say, and the numbers in words.
 
     Args:
-        rows: Others' scores minus DiaBlo's: label, task, value, low, high, diablo (its own score).
+        rows: Others' scores minus DiaBlo's: label, task, value, low, high, diablo (its own score); must_lead where
+            DiaBlo has to be ahead of the other, so that a match is no success.
         metric: Of which score.
         margin: Within which share of DiaBlo's score two are the same.
     """
@@ -82,16 +90,20 @@ def compared(rows: pd.DataFrame, metric: str, margin: float) -> tuple[Outcome, s
     sign = 1.0 if loss else -1.0
     ends = np.sort(sign * rows[["low", "high"]].to_numpy(float), axis=1)
     table = rows.assign(lead=sign * rows["value"], low=ends[:, 0], high=ends[:, 1])
+    leads = table["must_lead"] if "must_lead" in table else pd.Series(data=False, index=table.index)
     same = table[["low", "high"]].abs().max(axis=1) <= margin * table["diablo"]
+    same &= ~(leads & (table["low"] > 0))
     equal, others = table[same], table[~same]
     behind, ahead = others[others["high"] < 0], others[others["low"] > 0]
     wide = others.drop(index=[*behind.index, *ahead.index])
+    short, level = equal[leads[equal.index]], equal[~leads[equal.index]]
     parts = [_told(behind, "behind", unit), _told(ahead, "ahead of", unit)]
-    parts += [f"within {margin:.0%} of {_names(equal)}" if len(equal) else ""]
+    parts += [f"no more than level, within {margin:.0%}, with {_names(short)}" if len(short) else ""]
+    parts += [f"within {margin:.0%} of {_names(level)}" if len(level) else ""]
     if len(wide):
         most = wide[["low", "high"]].abs().max(axis=1).max()
-        parts += [f"no difference seen to {_names(wide)}, within {most:.2g} {unit}"]
-    outcome = Outcome.FAILS if len(behind) else Outcome.OPEN if len(wide) else Outcome.HOLDS
+        parts += [f"not told from {_names(wide)}: intervals reach to {most:.2g} {unit}"]
+    outcome = Outcome.FAILS if len(behind) or len(short) else Outcome.OPEN if len(wide) else Outcome.HOLDS
     return outcome, f"DiaBlo is {'; '.join(part for part in parts if part)}"
 
 
@@ -120,13 +132,22 @@ def _names(rows: pd.DataFrame) -> str:
 class GradientNorms(Question):
     """Whether the gradient's norm varies less over training with DiaBlo than with another method.
 
-    By the standard deviation over the mean, of all steps after the warm-up of runs that finished; compared seed by
-    seed on each task, between experiments that differ in the method alone. A run of DiaBlo that diverged answers "no".
+    By the standard deviation over the mean, of all steps after the warm-up of runs that finished, a norm's decline
+    over training included; compared seed by seed on each task, between experiments that differ in the method alone.
+    What decides is the 95% interval (Student's) of the ratio of the two, as a geometric mean over these pairs of runs.
+    A run of DiaBlo that diverged answers "no".
+
+    Attributes:
+        over: The other method.
+        after: Step of the last one that does not count.
+        pairs: How many of them an answer needs.
+        scale: Of which runs.
     """
 
     kind: Literal["gradient_norms"]
     over: str
     after: int = Field(ge=0)
+    pairs: int = Field(default=6, ge=2)
     scale: Scale = "small"
 
     def ask(self, evidence: Evidence) -> Answer:
@@ -143,20 +164,24 @@ class GradientNorms(Question):
             index=same, columns="method", values="grad_norm", aggfunc=lambda norms: norms.std() / norms.mean()
         )
         pairs = varies.reindex(columns=["diablo", self.over]).dropna()
-        scale, figures = f"{self.scale} scale", ("gradient_norms",)
-        if pairs.empty:
-            text = f"no runs of both DiaBlo and {method_name(self.over)} with the same seed"
+        scale, figures = _scale(self.scale, rows), ("gradient_norms",)
+        if len(pairs) < self.pairs:
+            text = f"{len(pairs)} pairs of runs of DiaBlo and {method_name(self.over)}; {self.pairs} are needed"
             return Answer(Outcome.OPEN, text, scale, SUITES, _RUN)
-        less = int((pairs["diablo"] < pairs[self.over]).sum())
+        ratios = np.log(pairs["diablo"] / pairs[self.over])
+        error = float(ratios.std() / len(ratios) ** 0.5)
+        half = float(student.ppf(0.975, len(ratios) - 1)) * error
+        value, low, high = np.exp([ratios.mean(), ratios.mean() - half, ratios.mean() + half])
+        less = int((ratios < 0).sum())
         tasks = [
             f"{task_name(str(task))} {found['diablo'].mean():.2f} against {found[self.over].mean():.2f}"
             for task, found in pairs.groupby("train_on")
         ]
         text = (
-            f"standard deviation over mean, DiaBlo against {method_name(self.over)}: {', '.join(tasks)}; less in "
-            f"{less} of {len(pairs)} pairs of runs; "
+            f"standard deviation over mean, DiaBlo against {method_name(self.over)}: {', '.join(tasks)}; the ratio is "
+            f"{interval(value, low, high, 2)}, below 1 in {less} of {len(pairs)} pairs of runs; "
         )
         text += f"diverged: {', '.join(lost)}" if lost else "no run of DiaBlo's diverged"
-        outcome = {0: Outcome.FAILS, len(pairs): Outcome.HOLDS}.get(less, Outcome.OPEN)
+        outcome = Outcome.HOLDS if high < 1 else Outcome.FAILS if low > 1 else Outcome.OPEN
         tables = tables_of(pairs.index.get_level_values("train_on"))
         return Answer(Outcome.FAILS if lost else outcome, text, scale, SUITES, _SEEDS, tables, figures)
