@@ -189,6 +189,34 @@ def test_a_loss_that_is_not_finite_stops_under_a_scaler_too(do, scaled, monkeypa
         do()
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["no-scaler", "scaler"])
+@pytest.mark.parametrize("micro_batch", [0, 1, 3])
+def test_a_loss_that_is_not_finite_in_any_micro_batch_stops(do, scaled, monkeypatch, scale, micro_batch):
+    if scale is not None:
+        scaled(scale)
+    loss, calls = train.AdapterTrainer.compute_loss, []
+
+    def poisoned(self, *arguments, **options):
+        calls.append(1)
+        found = loss(self, *arguments, **options)
+        return found * float("nan") if len(calls) == 3 * 4 + micro_batch + 1 else found
+
+    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", poisoned)
+    with pytest.raises(
+        NonFiniteError, match=r"loss nan .* at step 4 \(training examples 12, 13, 14, 15\).*checkpoint-2"
+    ):
+        do(micro_batch_size=1)
+
+
+def test_steps_that_a_scaler_leaves_out_are_no_divergence_with_micro_batches_either(do, scaled):
+    scaled(2.0**127)
+    metrics, folder = do(micro_batch_size=1)
+    log = pd.read_csv(folder / "log.csv")
+    assert metrics["steps"] == 5
+    assert not math.isfinite(log["grad_norm/D"].iloc[0])
+    assert log["loss"].map(math.isfinite).all()
+
+
 def test_optimizer_state_comes_to_the_parameters_whatever_its_keys():
     parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
