@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diablo_theory.cli import common
-from diablo_theory.finetune.config import resolve
+from diablo_theory.finetune.config import ELSEWHERE, resolve
 from diablo_theory.progress import Board
 from diablo_theory.records import METRICS
 
@@ -46,6 +46,21 @@ def test_train_then_look_then_score_on_more(shell, tmp_path, words):
     status, _, err = shell("show", folder, "--task", "docstring")
     assert status == 1
     assert "Did you mean 'docstrings'?" in err
+
+
+def test_a_run_is_scored_on_data_that_lie_elsewhere(shell, tmp_path, words):
+    shell("train", "words/lora.yaml", *RUN)
+    folder = "results/runs/words/lora"
+    assert "name a data folder (data_root=FOLDER)" in shell("evaluate", folder, "--tasks", "hexphi")[2]
+    (tmp_path / "private" / "hex_phi").mkdir(parents=True)
+    (tmp_path / "private" / "hex_phi" / "prompts.txt").write_text("\n".join(f"Fold quokka {n}?" for n in range(20)))
+    status, out, _ = shell("evaluate", folder, "data_root=private", "eval_batch_size=2", "--tasks", "hexphi")
+    assert status == 0
+    assert "hexphi" in out
+    status, _, err = shell("evaluate", folder, "seed=1")
+    assert status == 1
+    assert "seed cannot be changed of a run that has been trained; only data_root, device, eval_batch_size" in err
+    assert ", ".join(ELSEWHERE) in " ".join(shell("evaluate", "--help")[1].replace("│", " ").split())
 
 
 def test_scores_that_are_not_of_the_test_split_say_so(shell, words):

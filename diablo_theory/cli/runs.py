@@ -91,20 +91,30 @@ def plan(
 @app.command()
 def evaluate(
     run: RunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Where it is done now: data_root, device, eval_batch_size (default: as it was trained).",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="Comma-separated; default: those of the run's own configuration.")
     ] = "",
 ) -> None:
     """Score a trained run on tasks, those of its own file or others.
 
-    What is scored already is not done again. Needs the run's trained parameters (keep_weights).
+    What is scored already is not done again. Needs the run's trained parameters (keep_weights). Data that have moved
+    since, or that are not on a hub, are named by data_root; other contents than the run's are refused.
 
-    Example: `diablo-theory evaluate results/runs/commonsense/diablo --tasks boolq,arc_easy`
+    Example: `diablo-theory evaluate results/runs/commonsense/diablo data_root=FOLDER --tasks boolq,arc_easy`
     """
+    from diablo_theory.finetune.config import parse_overrides
     from diablo_theory.finetune.folder import state
     from diablo_theory.finetune.runs import add_scores
 
-    metrics = add_scores(run, tasks.split(",") if tasks else [], _board())
+    elsewhere = parse_overrides(overrides or [])
+    metrics = add_scores(run, tasks.split(",") if tasks else [], _board(), elsewhere=elsewhere)
     _tell(metrics, run, state(run)["split"])
 
 
