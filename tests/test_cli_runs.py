@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.text import Text
@@ -18,8 +19,9 @@ RUN = ["num_blocks=6", "steps=2", "batch_size=2", "warmup_steps=1", "eval_items=
 
 
 @pytest.fixture
-def words(tmp_path, tiny_model):
-    """A folder with two run files."""
+def words(tmp_path, tiny_model, monkeypatch):
+    """A folder with two run files, and a cache."""
+    monkeypatch.setenv("DIABLO_THEORY_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "words"
     folder.mkdir()
     for method in ("lora", "diablo"):
@@ -69,6 +71,41 @@ def test_scores_that_are_not_of_the_test_split_say_so(shell, words):
     for command in ("evaluate", "show"):
         assert "word_problems (n=4, validation): exact" in shell(command, "results/runs/words/lora")[1]
     assert "(n=4, validation)" in " ".join(shell("status", "results")[1].split())
+
+
+def test_scores_have_the_intervals_that_collect_gives(shell, tmp_path, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    run = "results/words/diablo"
+    told = [
+        shell("train", "words/diablo.yaml", *RUN, "steps=20", "learning_rate=1e-2", "eval_items=40", "--out", run)[1]
+    ]
+    told += [shell(*command)[1] for command in (["evaluate", run], ["status", "results"], ["show", run])]
+    shell("collect", "results", "--out", "collected")
+    rows = pd.read_csv(tmp_path / "collected" / "rows.csv").set_index("metric")
+    for metric, name, digits, unit in (
+        ("exact_match", "exact ", 1, "%"),
+        ("lenient_match", "lenient ", 1, "%"),
+        ("loss_per_token", "", 4, " nats/token"),
+    ):
+        row = rows.loc[metric]
+        assert row["n"] == 40
+        assert row["ci_low"] < row["ci_high"]
+        shown = f"{name}{row['value']:.{digits}f}{unit} ({row['ci_low']:.{digits}f} to {row['ci_high']:.{digits}f})"
+        for text in told:
+            assert "word_problems (n=40): exact" in text
+            assert shown in text
+
+
+def test_a_run_whose_predictions_are_gone_has_scores_without_intervals(shell, tmp_path, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    shell("train", "words/lora.yaml", *RUN, "--out", "results/run")
+    (tmp_path / "results/run/predictions/word_problems.csv").unlink()
+    for command in ("status", "show"):
+        status, out, _ = shell(command, "results" if command == "status" else "results/run")
+        assert status == 0
+        assert re.search(
+            r"exact 0.0%, lenient 0.0%, \d\.\d{4} nats/token \[no intervals: .*word_problems\.csv cannot", out
+        )
 
 
 def test_small_scale_puts_its_file_between(shell, tmp_path, words, tiny_model):
