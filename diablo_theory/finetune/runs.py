@@ -82,7 +82,7 @@ def add_scores(
             of its config.json, which stays as it is.
 
     Returns:
-        The metrics, with the new scores in them and, under ``scored_later``, where those were made.
+        The metrics, with the new scores in them and, under ``scored_later``, where and from which data they are.
 
     Raises:
         ResultsError: If the folder holds no finished run with its weights, or the base or data are others by now.
@@ -110,10 +110,7 @@ def add_scores(
         metrics["scores"] |= score_tasks(config, folder, board, setup, problems)
         metrics["data"] = metrics.get("data", {}) | digests
         if fresh:
-            there = {
-                "eval_batch_size": config.eval_batch_size,
-                "data_root": config.data_root and str(config.data_root),
-            }
+            there = config.model_dump(mode="json", include={"data_root", "eval_batch_size"})
             later = dict.fromkeys(fresh, _environment(setup) | there)
             metrics["scored_later"] = metrics.get("scored_later", {}) | later
         metrics["conditions"] = metrics.get("conditions", {}) | problems.conditions
