@@ -5,12 +5,13 @@ import json
 import re
 import sys
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from diablo_theory.cli import common
-from diablo_theory.finetune.config import resolve
+from diablo_theory.finetune.config import ELSEWHERE, resolve
 from diablo_theory.progress import Board
 from diablo_theory.records import METRICS
 
@@ -18,8 +19,9 @@ RUN = ["num_blocks=6", "steps=2", "batch_size=2", "warmup_steps=1", "eval_items=
 
 
 @pytest.fixture
-def words(tmp_path, tiny_model):
-    """A folder with two run files."""
+def words(tmp_path, tiny_model, monkeypatch):
+    """A folder with two run files, and a cache."""
+    monkeypatch.setenv("DIABLO_THEORY_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "words"
     folder.mkdir()
     for method in ("lora", "diablo"):
@@ -48,12 +50,62 @@ def test_train_then_look_then_score_on_more(shell, tmp_path, words):
     assert "Did you mean 'docstrings'?" in err
 
 
+def test_a_run_is_scored_on_data_that_lie_elsewhere(shell, tmp_path, words):
+    shell("train", "words/lora.yaml", *RUN)
+    folder = "results/runs/words/lora"
+    assert "name a data folder (data_root=FOLDER)" in shell("evaluate", folder, "--tasks", "hexphi")[2]
+    (tmp_path / "private" / "hex_phi").mkdir(parents=True)
+    (tmp_path / "private" / "hex_phi" / "prompts.txt").write_text("\n".join(f"Fold quokka {n}?" for n in range(20)))
+    status, out, _ = shell("evaluate", folder, "data_root=private", "eval_batch_size=2", "--tasks", "hexphi")
+    assert status == 0
+    assert "hexphi" in out
+    status, _, err = shell("evaluate", folder, "seed=1")
+    assert status == 1
+    assert "seed cannot be changed of a run that has been trained; only data_root, device, eval_batch_size" in err
+    assert ", ".join(ELSEWHERE) in " ".join(shell("evaluate", "--help")[1].replace("│", " ").split())
+
+
 def test_scores_that_are_not_of_the_test_split_say_so(shell, words):
     out = shell("train", "words/lora.yaml", *RUN, "eval_split=validation")[1]
     assert "word_problems (n=4, validation): exact" in out
     for command in ("evaluate", "show"):
         assert "word_problems (n=4, validation): exact" in shell(command, "results/runs/words/lora")[1]
     assert "(n=4, validation)" in " ".join(shell("status", "results")[1].split())
+
+
+def test_scores_have_the_intervals_that_collect_gives(shell, tmp_path, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    run = "results/words/diablo"
+    told = [
+        shell("train", "words/diablo.yaml", *RUN, "steps=20", "learning_rate=1e-2", "eval_items=40", "--out", run)[1]
+    ]
+    told += [shell(*command)[1] for command in (["evaluate", run], ["status", "results"], ["show", run])]
+    shell("collect", "results", "--out", "collected")
+    rows = pd.read_csv(tmp_path / "collected" / "rows.csv").set_index("metric")
+    for metric, name, digits, unit in (
+        ("exact_match", "exact ", 1, "%"),
+        ("lenient_match", "lenient ", 1, "%"),
+        ("loss_per_token", "", 4, " nats/token"),
+    ):
+        row = rows.loc[metric]
+        assert row["n"] == 40
+        assert row["ci_low"] < row["ci_high"]
+        shown = f"{name}{row['value']:.{digits}f}{unit} ({row['ci_low']:.{digits}f} to {row['ci_high']:.{digits}f})"
+        for text in told:
+            assert "word_problems (n=40): exact" in text
+            assert shown in text
+
+
+def test_a_run_whose_predictions_are_gone_has_scores_without_intervals(shell, tmp_path, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    shell("train", "words/lora.yaml", *RUN, "--out", "results/run")
+    (tmp_path / "results/run/predictions/word_problems.csv").unlink()
+    for command in ("status", "show"):
+        status, out, _ = shell(command, "results" if command == "status" else "results/run")
+        assert status == 0
+        assert re.search(
+            r"exact 0.0%, lenient 0.0%, \d\.\d{4} nats/token \[no intervals: .*word_problems\.csv cannot", out
+        )
 
 
 def test_small_scale_puts_its_file_between(shell, tmp_path, words, tiny_model):

@@ -91,20 +91,30 @@ def plan(
 @app.command()
 def evaluate(
     run: RunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Where it is done now: data_root, device, eval_batch_size (default: as it was trained).",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="Comma-separated; default: those of the run's own configuration.")
     ] = "",
 ) -> None:
     """Score a trained run on tasks, those of its own file or others.
 
-    What is scored already is not done again. Needs the run's trained parameters (keep_weights).
+    What is scored already is not done again. Needs the run's trained parameters (keep_weights). Data that have moved
+    since, or that are not on a hub, are named by data_root; other contents than the run's are refused.
 
-    Example: `diablo-theory evaluate results/runs/commonsense/diablo --tasks boolq,arc_easy`
+    Example: `diablo-theory evaluate results/runs/commonsense/diablo data_root=FOLDER --tasks boolq,arc_easy`
     """
+    from diablo_theory.finetune.config import parse_overrides
     from diablo_theory.finetune.folder import state
     from diablo_theory.finetune.runs import add_scores
 
-    metrics = add_scores(run, tasks.split(",") if tasks else [], _board())
+    elsewhere = parse_overrides(overrides or [])
+    metrics = add_scores(run, tasks.split(",") if tasks else [], _board(), elsewhere=elsewhere)
     _tell(metrics, run, state(run)["split"])
 
 
@@ -230,12 +240,13 @@ def status(
         "results"
     ),
 ) -> None:
-    """List the runs below a folder: finished, running, stopped, failed; how far; their scores.
+    """List the runs below a folder: finished, running, stopped, failed; how far; their scores with 95% intervals.
 
     Example: `diablo-theory status results/sweep`
     """
     from rich.table import Table
 
+    from diablo_theory.cli.scores import score_lines
     from diablo_theory.errors import ConfigError
     from diablo_theory.finetune.folder import run_folders, state
 
@@ -243,11 +254,12 @@ def status(
     if not folders:
         raise ConfigError(f"no runs below {root}")
     table = Table("run", "state", "steps", "scores", "minutes", box=None, pad_edge=False)
-    for folder in folders:
-        found = state(folder)
+    states = {folder: state(folder) for folder in folders}
+    lines = score_lines({folder: found for folder, found in states.items() if found["metrics"]})
+    for folder, found in states.items():
         metrics = found["metrics"]
         minutes = f"{metrics['train_seconds'] / 60:.1f}" if metrics and metrics["train_seconds"] else ""
-        scores = _scores(metrics, found["split"]) if metrics else str(found["note"]).split("\n")[0][:80]
+        scores = lines[folder] if metrics else str(found["note"]).split("\n")[0][:80]
         table.add_row(str(folder.relative_to(root)), found["state"], _steps(found), scores, minutes)
     console.print(table)
 
@@ -266,10 +278,11 @@ def show(
     ] = False,
     count: Annotated[int, typer.Option("-n", min=1, help="Answers to show of each task.")] = 10,
 ) -> None:
-    """Read a run: its configuration where it differs from the defaults, its scores, and its answers.
+    """Read a run: its configuration where it differs from the defaults, its scores with intervals, its answers.
 
     Example: `diablo-theory show results/runs/word_problems/lora --errors -n 3`
     """
+    from diablo_theory.cli.scores import score_lines
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import experiments_folder, read_json
     from diablo_theory.finetune.folder import state
@@ -286,7 +299,7 @@ def show(
     different = {key: value for key, value in read_json(run / CONFIG).items() if defaults.get(key) != value}
     say("  " + ", ".join(f"{key}={value}" for key, value in different.items()))
     if found["metrics"]:
-        say("  " + _scores(found["metrics"], found["split"]))
+        say("  " + score_lines({run: found})[run])
     files = {file.stem: file for file in sorted((run / PREDICTIONS).glob("*.csv"))}
     if task and task not in files:
         raise ConfigError(f"{run} has no predictions on {task!r}.{nearest(task, files)}")
@@ -321,26 +334,14 @@ def _is_first() -> bool:
 
 
 def _tell(metrics: dict[str, Any], folder: Path, split: str) -> None:
+    from diablo_theory.cli.scores import score_lines
+
     if _is_first():
+        scores = score_lines({folder: {"metrics": metrics, "split": split}})[folder]
         say(
             f"{metrics['label']}, {metrics['trainable_params']:,} trainable parameters "
-            f"({metrics['trainable_pct']:.2f}%): {_scores(metrics, split)}. In {folder}"
+            f"({metrics['trainable_pct']:.2f}%): {scores}. In {folder}"
         )
-
-
-def _scores(metrics: dict[str, Any], split: str) -> str:
-    """``word_problems (n=300): exact 53.0%, ...`` for every task, with the split unless it is the test's."""
-    where = "" if split in ("", "test") else f", {split}"
-    lines = []
-    for task, found in metrics["scores"].items():
-        shares = [f"{name} {100 * value:.1f}%" for name, value in found.items() if _is_share(name)]
-        shares.append(f"{found['loss_per_token']:.4f} nats/token")
-        lines.append(f"{task} (n={found['n']}{where}): {', '.join(shares)}")
-    return "; ".join(lines)
-
-
-def _is_share(name: str) -> bool:
-    return name not in ("n", "means", "loss_per_token")
 
 
 @app.command()

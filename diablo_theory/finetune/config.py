@@ -133,6 +133,24 @@ def require_warmup(warmup: float, steps: int) -> None:
         )
 
 
+def moved(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A run that was done in one place, as it goes on in another.
+
+    Args:
+        config: The run.
+        changes: Keys of :data:`ELSEWHERE` alone.
+
+    Raises:
+        ConfigError: For another key, which would make it another run, or a value that is not allowed.
+    """
+    if others := [key for key in changes if key not in ELSEWHERE]:
+        raise ConfigError(
+            f"{others[0]} cannot be changed of a run that has been trained; only {', '.join(ELSEWHERE)} can, "
+            f"which say where it is done.{nearest(others[0], ELSEWHERE)}"
+        )
+    return validated({**config.model_dump(), **changes})
+
+
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """``["steps=5", "learning_rate=1e-3"]`` as a mapping, values read as YAML.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft import PeftModel
 from diablo_theory import methods
 from diablo_theory.errors import NonFiniteError, ResultsError
 from diablo_theory.files import atomic_folder, read_json, write_json, write_tensors, write_with
-from diablo_theory.finetune.config import RunConfig, validated
+from diablo_theory.finetune.config import RunConfig, moved, validated
 from diablo_theory.finetune.data import Ordered
 from diablo_theory.finetune.folder import (
     ADAPTER,
@@ -63,7 +63,14 @@ def execute(config: RunConfig, folder: Path, board: Board, load: Load = load_mod
         return finished(folder) or _execute(config, folder, board, load)
 
 
-def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = load_model) -> dict[str, Any]:
+def add_scores(
+    folder: Path,
+    tasks: Sequence[str],
+    board: Board,
+    load: Load = load_model,
+    *,
+    elsewhere: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Score a trained run on tasks, those of its own file or others; what is scored already is not done again.
 
     Args:
@@ -71,17 +78,19 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         tasks: Names; none for those of its own file.
         board: Shows progress.
         load: Gives the model.
+        elsewhere: Keys that say where it is done now (see :func:`~diablo_theory.finetune.config.moved`), over those
+            of its config.json, which stays as it is.
 
     Returns:
-        The metrics, with the new scores in them and, under ``scored_later``, where those were made.
+        The metrics, with the new scores in them and, under ``scored_later``, where and from which data they are.
 
     Raises:
         ResultsError: If the folder holds no finished run with its weights, or the base or data are others by now.
-        ConfigError: If a task is unknown or its data are missing.
+        ConfigError: If a task is unknown, its data are missing, or a key says more than where a run is done.
     """
     if not (folder / CONFIG).is_file():
         raise ResultsError(f"{folder} holds no run: there is no {CONFIG}")
-    config = read_config(folder / CONFIG)
+    config = moved(read_config(folder / CONFIG), elsewhere or {})
     if tasks:
         config = validated(config.model_dump() | {"evaluate_on": list(tasks)})
     with held(folder, config.device):
@@ -90,17 +99,19 @@ def add_scores(folder: Path, tasks: Sequence[str], board: Board, load: Load = lo
         metrics = finished(folder)
         if metrics is None:
             raise ResultsError(f"{folder} is not finished: `diablo-theory train` goes on with it")
-        # A start that looks at data has to look at the same again.
+        # A start or a quantiser that looks at training data has to look at the same again.
         looks = config.method in methods.FAMILIES and bool(methods.FAMILIES[config.method].start)
+        looks = looks or (config.quantise is not None and config.quantise.needs_calibration)
         problems = read_problems(config, train=looks)
         setup = trained_model(config, folder, board, load, problems.train, metrics["steps"])
-        digests = {name: value for name, value in problems.digests().items() if name != "train"}
+        digests = {name: value for name, value in problems.digests().items() if looks or name != "train"}
         _note_inputs(folder, setup, digests)
         fresh = [name for name in problems.score if name not in metrics["scores"]]
         metrics["scores"] |= score_tasks(config, folder, board, setup, problems)
         metrics["data"] = metrics.get("data", {}) | digests
         if fresh:
-            later = dict.fromkeys(fresh, _environment(setup))
+            there = config.model_dump(mode="json", include={"data_root", "eval_batch_size"})
+            later = dict.fromkeys(fresh, _environment(setup) | there)
             metrics["scored_later"] = metrics.get("scored_later", {}) | later
         metrics["conditions"] = metrics.get("conditions", {}) | problems.conditions
         if PartialState().is_main_process:

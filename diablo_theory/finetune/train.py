@@ -58,6 +58,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._config = config
         self._weights_on_stop = weights_on_stop
         self._norms: dict[str, float] = {}
+        self._losses: list[Tensor] = []  # of the micro-batches so far
         self._timer = _Timer()
         self.add_callback(self._timer)
 
@@ -75,26 +76,30 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward; at the end of a batch also the norms of each group's gradient, before clipping."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
         if self.accelerator.sync_gradients:
             started = time.perf_counter()
             scaler = self.accelerator.scaler  # in float16 on a GPU: gradients are those of the loss times its scale
             scale = None if scaler is None else scaler.get_scale()
             norms = {name: _gradient_norm(model, part) for name, part in self._prepared.groups.items()}
             self._norms = {f"grad_norm/{name}": norm / (scale or 1.0) for name, norm in norms.items()}
-            if self._has_diverged(loss, scale):
-                self._stop(loss.item())
+            # Trainer has divided the micro-batches' losses: their sum is the batch's, finite only if all of them are.
+            whole = torch.stack(self._losses).sum()
+            self._losses.clear()
+            if self._has_diverged(whole, scale):
+                self._stop(whole.item())
             self._timer.aside += time.perf_counter() - started
         return loss
 
     def _has_diverged(self, loss: Tensor, scale: float | None) -> bool:
-        """Whether to stop; all processes say the same.
+        """Whether to stop, given a process's loss on the whole batch; all processes say the same.
 
         A loss that is not finite makes the gradients so, and their norms are the same in all processes. Under a
         scaler they also overflow when the scale is too large: it leaves such a step out and takes a smaller scale.
         """
         if scale is None:
             return not all(map(math.isfinite, (*self._norms.values(), loss.item())))
-        losses: Tensor = self.accelerator.gather(loss.detach())
+        losses: Tensor = self.accelerator.gather(loss)
         return scale < SMALLEST_SCALE or not bool(losses.isfinite().all())
 
     def _stop(self, loss: float) -> None:

@@ -82,6 +82,55 @@ def test_later_scores_are_of_the_same_base_and_say_where_they_were_made(do, boar
         runs.add_scores(folder, ["docstrings"], board)
 
 
+def test_data_that_have_moved_are_named_and_have_to_be_the_same(do, board, gsm8k, tmp_path):
+    metrics, folder = do(**gsm8k(1))
+    written = (folder / "config.json").read_bytes()
+    (folder / "predictions" / "gsm8k.csv").unlink()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"data_root: .*data is not a folder"):
+        runs.add_scores(folder, [], board)
+    there = {"data_root": str(tmp_path / "moved"), "eval_batch_size": 3}
+    again = runs.add_scores(folder, [], board, elsewhere=there)
+    assert (again["scores"], again["data"]) == (metrics["scores"], metrics["data"])
+    later = runs.add_scores(folder, ["gsm8k_math10k"], board, elsewhere=there)["scored_later"]["gsm8k_math10k"]
+    assert there.items() <= later.items()
+    assert (folder / "config.json").read_bytes() == written  # how it was trained and scored at first
+    gsm8k(2)
+    with pytest.raises(ResultsError, match="begun with other contents of gsm8k: SHA-256"):
+        runs.add_scores(folder, [], board, elsewhere={"data_root": tmp_path / "data"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "corda"}, {"quantise": {"method": "optq", "bits": 4, "items": 2, "length": 32}}],
+    ids=["start", "quantised"],
+)
+def test_what_looks_at_training_data_looks_at_the_same_again(do, board, gsm8k, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("DIABLO_THEORY_CACHE", str(tmp_path / "cache"))
+    _, folder = do(**gsm8k(1), **changes)
+    assert runs.add_scores(folder, ["word_problems"], board)["scores"].keys() == {"gsm8k", "word_problems"}
+    gsm8k(2)
+    with pytest.raises(ResultsError, match="begun with other contents of train: SHA-256"):
+        runs.add_scores(folder, ["docstrings"], board)
+
+
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [("seed", ""), ("quantise.bits", ""), ("data_rot", " Did you mean 'data_root'")],
+    ids=["another-run", "part", "misspelt"],
+)
+def test_what_a_trained_run_is_cannot_be_changed(do, board, key, more):
+    _, folder = do(steps=1, warmup_steps=0, eval_items=1)
+    with pytest.raises(
+        ConfigError,
+        match=f"{key} cannot be changed of a run that has been trained; only data_root, device, eval_batch_size can, "
+        f"which say where it is done.{more}",
+    ):
+        runs.add_scores(folder, [], board, elsewhere={key: 1})
+    with pytest.raises(ConfigError, match="eval_batch_size"):
+        runs.add_scores(folder, [], board, elsewhere={"eval_batch_size": 0})
+
+
 def test_every_attempt_is_recorded_and_a_changed_checkout_is_not_forgotten(do, stopped, monkeypatch):
     made = runs.provenance
     monkeypatch.setattr(runs, "provenance", lambda device: made(device) | {"commit": "one", "dirty": True})
@@ -187,6 +236,34 @@ def test_a_loss_that_is_not_finite_stops_under_a_scaler_too(do, scaled, monkeypa
     monkeypatch.setattr(train.AdapterTrainer, "compute_loss", lambda self, *a, **k: loss(self, *a, **k) * float("inf"))
     with pytest.raises(NonFiniteError, match="at step 1"):
         do()
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["no-scaler", "scaler"])
+@pytest.mark.parametrize("micro_batch", [0, 1, 3])
+def test_a_loss_that_is_not_finite_in_any_micro_batch_stops(do, scaled, monkeypatch, scale, micro_batch):
+    if scale is not None:
+        scaled(scale)
+    loss, calls = train.AdapterTrainer.compute_loss, []
+
+    def poisoned(self, *arguments, **options):
+        calls.append(1)
+        found = loss(self, *arguments, **options)
+        return found * float("nan") if len(calls) == 3 * 4 + micro_batch + 1 else found
+
+    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", poisoned)
+    with pytest.raises(
+        NonFiniteError, match=r"loss nan .* at step 4 \(training examples 12, 13, 14, 15\).*checkpoint-2"
+    ):
+        do(micro_batch_size=1)
+
+
+def test_steps_that_a_scaler_leaves_out_are_no_divergence_with_micro_batches_either(do, scaled):
+    scaled(2.0**127)
+    metrics, folder = do(micro_batch_size=1)
+    log = pd.read_csv(folder / "log.csv")
+    assert metrics["steps"] == 5
+    assert not math.isfinite(log["grad_norm/D"].iloc[0])
+    assert log["loss"].map(math.isfinite).all()
 
 
 def test_optimizer_state_comes_to_the_parameters_whatever_its_keys():

@@ -258,17 +258,26 @@ def test_two_processes_in_one_folder_are_kept_apart(config, tmp_path, board, mon
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
 @pytest.mark.parametrize("limit", [3_000, 15_000], ids=["weights", "optimizer"])
-def test_a_disk_that_fills_up_in_a_checkpoint_is_an_os_error_and_loses_nothing(config, tmp_path, board, limit):
-    """The kernel refuses to let files grow, as a full disk would, in a process of its own."""
+@pytest.mark.parametrize("saved", [0, 4], ids=["first", "third"])
+def test_a_disk_that_fills_up_in_a_checkpoint_is_an_os_error_and_loses_nothing(
+    config, tmp_path, board, monkeypatch, limit, saved
+):
+    """The kernel refuses to let files grow, as on a full disk, in a process of its own; earlier checkpoints stay."""
     script = f"""
 import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
 from pathlib import Path
 from conftest import SilentBoard
-from diablo_theory.finetune import runs
+from diablo_theory.finetune import runs, train
 from diablo_theory.finetune.config import RunConfig
+
+def train_step(self, *arguments):
+    if self.state.global_step == {saved}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    return step(self, *arguments)
+
+step, train.AdapterTrainer.training_step = train.AdapterTrainer.training_step, train_step
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 config = RunConfig.model_validate_json({config().model_dump_json()!r})
 try:
     runs.execute(config, Path({str(tmp_path / "run")!r}), SilentBoard())
@@ -278,8 +287,23 @@ except OSError as error:
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "refused: " in died.stderr, died.stderr
     assert "could not be written" in died.stderr
+    assert f"checkpoint-{saved + 2}" in died.stderr or limit == 15_000  # torch does not say which file
     assert list((tmp_path / "run").glob(".partial-*")) == []
-    runs.execute(config(), tmp_path / "run", board)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    whole = train.last_whole_checkpoint(checkpoints)
+    assert whole == (checkpoints / "checkpoint-4" if saved else None)
+    if whole is not None:
+        assert all(torch.isfinite(value).all() for value in load_file(whole / train.WEIGHTS).values())
+    steps, step = [], train.AdapterTrainer.training_step
+
+    def counted(self, *arguments):
+        steps.append(self.state.global_step)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.AdapterTrainer, "training_step", counted)
+        runs.execute(config(), tmp_path / "run", board)
+    assert steps == list(range(saved, 7))  # on from the checkpoint, not from the beginning
     runs.execute(config(), tmp_path / "undisturbed", board)
     assert_same_result(tmp_path / "undisturbed", tmp_path / "run")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from diablo_theory.finetune.tasks import gsm8k
 from diablo_theory.finetune.tasks.base import Decoding, Example, Judge, Protocol, Task, Wanted, in_both
@@ -20,6 +22,7 @@ DECODING = in_both(Decoding(max_new_tokens=512))
 LETTER_METRICS = {
     "exact": "the letter after 'the answer is' is right (paper: the first capital A to E of the completion)",
     "lenient": "the last A to E that stands alone is right",
+    "likelihood": "said at once, the right letter is the likeliest of those that the instruction lists",
 }
 NUMBER_JUDGES: dict[Protocol, Judge] = {"clean": stated_number, "paper": final_number}
 
@@ -48,11 +51,17 @@ def number_example(record: Record, wanted: Wanted) -> Example:
 
 
 def letter_example(record: Record, wanted: Wanted) -> Example:
-    """One whose answer is a letter."""
-    gold = record["answer"].strip()
-    if gold not in tuple("ABCDE"):
-        raise record.error(f"answer must be one of A, B, C, D, E, got {record['answer']!r}")
-    return example(record["instruction"], f"The answer is ({gold}).", wanted, gold)
+    """One whose answer is a letter of the options that the instruction ends with: "Answer Choices: (A) 60 m (B) ...".
+
+    Likelihood chooses among the same sentence with each letter, without working before it: the published working is a
+    language model's, and often ends in another letter.
+    """
+    instruction, gold = record["instruction"], record["answer"].strip()
+    listed = list(dict.fromkeys(re.findall(r"\(([A-E])\)", instruction.partition("Answer Choices:")[2])))
+    if gold not in listed:
+        raise record.error(f"the answer is {record['answer']!r}, the instruction lists {', '.join(listed) or 'none'}")
+    made = {letter: example(instruction, f"The answer is ({letter}).", wanted, letter) for letter in listed}
+    return replace(made[gold], choices=tuple(each.answer for each in made.values()))
 
 
 def gsm8k_example(record: Record, wanted: Wanted) -> Example:

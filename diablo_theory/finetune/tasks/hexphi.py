@@ -86,7 +86,8 @@ def examples(wanted: Wanted) -> list[Example]:
 def _folder(data_root: Path | None) -> Path:
     if data_root is None:
         raise ConfigError(
-            f"hexphi is never fetched: name a data folder whose subfolder {FOLDER} holds the copy granted to you"
+            "hexphi is never fetched: name a data folder (data_root=FOLDER) whose subfolder "
+            f"{FOLDER} holds the copy granted to you"
         )
     return data_root / FOLDER
 

@@ -10,6 +10,10 @@ def record(answer):
     return Record({"instruction": "How many hens?", "output": "The answer is 9.", "answer": answer}, "f", 4)
 
 
+def options(answer, listed="(A) 60 m (B) 61 m (C) half of (A) (D) 63 m (E) 64 m"):
+    return Record({"instruction": f"How long is it? Answer Choices: {listed}", "answer": answer}, "f", 4)
+
+
 def wanted(protocol="clean"):
     return Wanted(split="test", protocol=protocol, scoring=True)
 
@@ -34,18 +38,37 @@ def test_a_test_set_answers_with_its_number_and_not_with_its_output(answer, gold
 
 
 @pytest.mark.parametrize(
-    ("make", "answer", "message"),
+    ("answer", "message"),
+    [("eight", "f, record 4: answer must be a number, got 'eight'"), ("1/2", "answer must be a number")],
+)
+def test_an_answer_of_another_kind_is_refused(answer, message):
+    with pytest.raises(ConfigError, match=message):
+        number_example(record(answer), wanted())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
     [
-        (number_example, "eight", "f, record 4: answer must be a number, got 'eight'"),
-        (number_example, "1/2", "answer must be a number"),
-        (letter_example, "F", "f, record 4: answer must be one of A, B, C, D, E, got 'F'"),
-        (letter_example, "AB", "answer must be one of"),
-        (letter_example, "", "answer must be one of"),
+        (options("F"), "f, record 4: the answer is 'F', the instruction lists A, B, C, D, E"),
+        (options("AB"), "the answer is 'AB', the instruction lists A, B, C, D, E"),
+        (options(""), "the answer is '', the instruction lists A, B, C, D, E"),
+        (options("C", "(A) 1 (B) 2"), "the answer is 'C', the instruction lists A, B"),
+        (record("A"), "the answer is 'A', the instruction lists none"),
     ],
 )
-def test_an_answer_of_another_kind_is_refused(make, answer, message):
+def test_a_letter_that_the_instruction_does_not_list_is_refused(made, message):
     with pytest.raises(ConfigError, match=message):
-        make(record(answer), wanted())
+        letter_example(made, wanted())
+
+
+@pytest.mark.parametrize(("protocol", "lead"), [("clean", " "), ("paper", "")])
+def test_letters_are_also_chosen_by_likelihood(protocol, lead):
+    made = letter_example(options("B"), wanted(protocol))
+    assert made.choices == tuple(f"{lead}The answer is ({letter})." for letter in "ABCDE")
+    assert (made.answer, made.gold) == (made.choices[1], "B")
+    assert "(A) 60 m" in made.prompt
+    assert letter_example(options("A", "(A) 1 (B) 2 (C) 3"), wanted(protocol)).choices == made.choices[:3]
+    assert list(TASKS["aqua"].metrics) == ["exact", "lenient", "likelihood"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +100,7 @@ def test_judging_numbers(said, clean, paper, lenient):
     ],
 )
 def test_judging_letters(said, clean, paper, lenient):
-    made = letter_example(record("B"), wanted())
+    made = letter_example(options("B"), wanted())
     assert TASKS["aqua"].judge["clean"](made, [said]) == {"exact": clean, "lenient": lenient}
     assert TASKS["aqua"].judge["paper"](made, [said]) == {"exact": paper, "lenient": lenient}
 

@@ -136,7 +136,7 @@ def test_the_published_form_counts_the_prompts_own_words():
 
 
 def test_it_is_never_fetched(monkeypatch):
-    with pytest.raises(ConfigError, match="never fetched: name a data folder whose subfolder hex_phi"):
+    with pytest.raises(ConfigError, match=r"never fetched: name .* \(data_root=FOLDER\) whose subfolder hex_phi"):
         hexphi.examples(Wanted("test"))
 
 
