@@ -61,7 +61,7 @@ def with_tables(readme: str, tables: Tables, speeds: pd.DataFrame, steps: Path, 
         ],
     }
     decided = [found for found in decided_claims(Evidence(SAVED, ROOT / "paper_results")) if found.claim.by == "paper"]
-    sections["paper_results/claims.yaml"] = [readable_claims(decided)[["Claim", "Outcome", "Evidence"]]]
+    sections["paper_results/claims.yaml"] = [readable_claims(decided)[["Claim", "Outcome", "Evidence", "Scale"]]]
     where = {"paper_results/speed": measured_on(speeds), "paper_results/steps": measured_on(contenders)}
     where["paper_results/claims.yaml"] = counted(decided)
     for name, frames in sections.items():

@@ -128,7 +128,7 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
                 label = f"{heading}: reproduced, {what} ({title(name).lower()})"
                 # The first id names its files, whichever suites are collected.
                 key = names[0] if names else name
-                whole = "-suite" if name == key and len(of_runs) > 1 else ""
+                whole = "-suite" if names and name == key and len(of_runs) > 1 else ""
                 ids = (f"reproduced-{key}{whole}", *tables_of(chosen["suite"]))
                 shown.append(Shown(label, readable_section(chosen.reset_index(drop=True)), ids))
         if before == len(shown):
