@@ -85,7 +85,8 @@ def made_from(configs: pd.DataFrame, stated: Mapping[str, Any]) -> pd.DataFrame:
     """
     keys = [key for key in config_keys(configs) if key not in {"model", "seed", *TECHNICAL}]
     wanted = {key: stated[key] for key in keys if key in stated}
-    same = [_agree(run, wanted) for run in configs[keys].to_dict("records")]
+    records = configs[keys].to_dict("records")
+    same = [_agree({str(key): value for key, value in run.items()}, wanted) for run in records]
     models = configs["model"].map(lambda model: Path(model).name.casefold())
     return configs[pd.Series(same, index=configs.index) & (models == Path(stated["model"]).name.casefold())]
 

@@ -89,8 +89,8 @@ def _largest(section: pd.DataFrame) -> pd.DataFrame:
     """Of what a section holds, the model, scale and task that the most experiments have: a panel shows one."""
     groups = section.groupby(["model", "scale", "task"], sort=False)["task"].transform("size")
     first = section[groups == groups.max()].iloc[0]
-    same = (section[["model", "scale", "task"]] == first[["model", "scale", "task"]]).all(axis=1)
-    return section[same]
+    same: pd.DataFrame = section[(section[["model", "scale", "task"]] == first[["model", "scale", "task"]]).all(axis=1)]
+    return same
 
 
 def _foot(tables: Sequence[pd.DataFrame], note: str) -> str:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from diablo_theory.reporting.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
-#: Writes into the title what a person would see: widths, and pictures that did not load.
-LOOK = """<script>window.onload = () => {
-  const broken = [...document.images].filter(i => !i.naturalWidth).length;
-  document.title = [document.documentElement.scrollWidth, window.innerWidth, document.images.length, broken].join(" ");
-}</script>"""
+#: A window of any width, which Chromium's own are not, and in the title what a person would see in it: widths, pictures
+#: that did not load, and letters smaller than anybody reads.
+WINDOW = """<title></title><iframe width="{width}" height="900" style="border: 0" srcdoc="{page}"></iframe>
+<script>window.onload = () => {{
+  const page = document.querySelector("iframe").contentDocument, images = [...page.images];
+  const broken = images.filter(i => !i.naturalWidth).length;
+  const sizes = [...page.querySelectorAll("p, td, th, li, summary")].map(e => parseFloat(getComputedStyle(e).fontSize));
+  const screen = page.defaultView.innerWidth, wide = page.documentElement.scrollWidth;
+  document.title = [wide, screen, images.length, broken, Math.min(...sizes)].join(" ");
+}}</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +35,18 @@ def browse(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-@pytest.mark.parametrize("width", [500, 1200])  # the narrowest window that Chromium opens, and a desk's
+@pytest.mark.parametrize("width", [360, 430, 1200])  # telephones, and a desk
 def test_nothing_runs_over_the_screen(page, tmp_path, width):
     looked = tmp_path / "report.html"
-    looked.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
-    dom = browse(f"--window-size={width},900", "--dump-dom", looked.as_uri())
-    wide, screen, pictures, broken = map(int, re.search(r"<title>(\d+) (\d+) (\d+) (\d+)</title>", dom).groups())
+    looked.write_text(WINDOW.format(width=width, page=escape(page.read_text())))
+    dom = browse("--window-size=1400,1000", "--dump-dom", looked.as_uri())
+    title = re.search(r"<title>(.+?)</title>", dom)[1]
+    wide, screen, pictures, broken, smallest = map(float, title.split())
     assert screen == pytest.approx(width, abs=20)
     assert wide <= screen
     assert (pictures, broken) == (page.read_text().count("<img "), 0)
     assert pictures > 15
+    assert smallest >= 11
 
 
 def test_it_prints(page, tmp_path):
