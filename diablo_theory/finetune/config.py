@@ -204,6 +204,10 @@ def load_run(path: Path, overrides: Iterable[str] = (), *, small: bool = False) 
 def overridden(layers: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> RunConfig:
     """What files say, with a user's changes: a full run that does less than its file is a small one.
 
+    Less is another model, less of any of :data:`AMOUNT`, or smaller batches for as many steps. A model is another one if
+    the last part of its name is: a copy in a folder, or on a hub under another owner, has to be called as the file calls
+    it (upper or lower case). Nobody is asked whether such a copy is one; each run records its source and SHA-256.
+
     Args:
         layers: As for :func:`resolve`.
         changes: Keys over all of them.
@@ -214,8 +218,15 @@ def overridden(layers: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) 
     if decided := [key for key in changes if key in DECIDED]:
         raise ConfigError(f"{decided[0]} cannot be set here: the run file decides it (--small makes a small run)")
     before, after = resolve(*layers), resolve(*layers, changes)
+    return after.model_copy(update={"scale": "small"}) if _does_less(after, before) else after
+
+
+def _does_less(after: RunConfig, before: RunConfig) -> bool:
+    """As :func:`overridden` says."""
+    names = {Path(config.model).name.casefold() for config in (after, before)}
+    smaller_batches = before.steps is not None and after.batch_size < before.batch_size
     less = any((getattr(after, key) or math.inf) < (getattr(before, key) or math.inf) for key in AMOUNT)
-    return after.model_copy(update={"scale": "small"}) if less else after
+    return len(names) > 1 or smaller_batches or less
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
