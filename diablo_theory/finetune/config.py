@@ -98,6 +98,8 @@ class RunConfig(BaseModel):
             if self.protocol not in TASKS[name].protocols:
                 has = ", ".join(TASKS[name].protocols)
                 raise ValueError(f"protocol: {name} has {has}; got {self.protocol!r}")
+        if self.protocol == "clean" and self.drop_last:
+            raise ValueError("protocol: clean trains on every example: set drop_last=false, or another protocol")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"

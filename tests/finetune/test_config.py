@@ -169,6 +169,7 @@ def test_unknown_profile_names_the_nearest():
         ("quantise={bits: 3, bits: 4}", r"the key 'bits' stands twice \(line 1, column 11\)"),
         ("quantise={method: rtn}", "quantise.bits is missing"),
         ("quantise={method: rtn, bits: 4, bit: 3}", "unknown key 'quantise.bit'"),
+        ("drop_last=true", "protocol: clean trains on every example: set drop_last=false, or another protocol"),
         ("learning_rate=yes", "learning_rate=True is not allowed: Input should not be true or false"),
         ("seed=false", "seed=False is not allowed: Input should not be true or false"),
         ("evaluate_on=gsm8k", "evaluate_on='gsm8k' is not allowed: Input should be a valid list"),
@@ -178,6 +179,13 @@ def test_unknown_profile_names_the_nearest():
 def test_bad_overrides_say_what_is_allowed(override, message):
     with pytest.raises(ConfigError, match=message):
         resolve(parse_overrides([override]))
+
+
+def test_a_file_that_drops_batches_becomes_clean_with_both_keys():
+    file = experiments_folder() / "arithmetic" / "gsm8k_llama2-7b_diablo.yaml"
+    with pytest.raises(ConfigError, match="set drop_last=false"):
+        load_run(file, ["protocol=clean"])
+    assert not load_run(file, ["protocol=clean", "drop_last=false"]).drop_last
 
 
 def test_yaml_reads_exponents_without_a_dot_as_text_but_they_count_as_numbers():
