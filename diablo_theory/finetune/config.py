@@ -14,7 +14,7 @@ from diablo_theory.files import experiments_folder
 from diablo_theory.finetune.tasks import TASKS, Protocol
 from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig
-from diablo_theory.reading import parsed, read_yaml
+from diablo_theory.reading import find, parsed, read_yaml
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -184,14 +184,15 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(refusal(error)) from None
+        raise ConfigError(refusal(error, RunConfig)) from None
 
 
 def load_run(path: Path, overrides: Iterable[str] = (), *, small: bool = False) -> RunConfig:
     """The run that a file of differences describes, with command-line overrides on top.
 
     Args:
-        path: Such as ``experiments/word_problems/lora.yaml``; also found in what an installed package carries.
+        path: Such as ``experiments/word_problems/lora.yaml``, or without the first folder; also found in what an
+            installed package carries.
         overrides: ``key=value`` pairs.
         small: Put ``experiments/small.yaml`` between file and overrides: the same recipe on a small model.
 
@@ -232,9 +233,12 @@ def _does_less(after: RunConfig, before: RunConfig) -> bool:
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """What a run file says; its suite is the folder that it lies in."""
-    if not path.is_file() and (packaged := experiments_folder().parent / path).is_file():
-        path = packaged
+    """What a run file says; its suite is the folder that it lies in.
+
+    Raises:
+        ConfigError: If it is missing (naming the nearest file there is), no YAML, a sweep file, or names its suite.
+    """
+    path = find(path, experiments_folder(), experiments_folder().parent)
     content = read_yaml(path)
     if "parts" in content:
         raise ConfigError(f"{path} is a sweep file (it has `parts`), not a run file: `diablo-theory sweep` runs it")

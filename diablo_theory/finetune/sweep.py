@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError, refusal
-from diablo_theory.files import experiments_folder, locked, write_text
+from diablo_theory.files import locked, write_text
 from diablo_theory.finetune.config import (
     RunConfig,
     overridden,
@@ -95,7 +95,7 @@ def read_sweep(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {refusal(error)}") from None
+        raise ConfigError(f"{path}: {refusal(error, SweepFile)}") from None
 
 
 def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> list[Planned]:
@@ -114,7 +114,7 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         _require_apart(part.vary, part.set, "its own set")
         _require_apart(part.vary, overrides or {}, "--set")
         for file, values in itertools.product(part.files, _combinations(part.vary)):
-            differences = read_run_file(_found(file))
+            differences = read_run_file(file)
             small = small_scale(differences) if sweep.small else {}
             name = "-".join([f"{differences['suite']}/{file.stem}", *map("{0[0]}={0[1]}".format, values.items())])
             _require_folder_name(name)
@@ -148,11 +148,6 @@ def _require_folder_name(name: str) -> None:
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
     for values in itertools.product(*vary.values()):
         yield dict(zip(vary, values, strict=True))
-
-
-def _found(file: Path) -> Path:
-    inside = experiments_folder() / file
-    return inside if inside.is_file() and not file.is_file() else file
 
 
 def run_all(runs: Sequence[Planned], out: Path, board: SweepBoard) -> list[Outcome]:

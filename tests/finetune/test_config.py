@@ -1,5 +1,6 @@
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -168,7 +169,9 @@ def test_unknown_profile_names_the_nearest():
         ("drop_last=!!bool x", "drop_last: '!!bool x' is not a YAML value: KeyError: 'x'"),
         ("quantise={bits: 3, bits: 4}", r"the key 'bits' stands twice \(line 1, column 11\)"),
         ("quantise={method: rtn}", "quantise.bits is missing"),
-        ("quantise={method: rtn, bits: 4, bit: 3}", "unknown key 'quantise.bit'"),
+        ("quantise={method: rtn, bits: 4, bit: 3}", "unknown key 'quantise.bit'. Did you mean 'quantise.bits'"),
+        ("quantise={method: rtn, bit: 3}", "unknown key 'quantise.bit'. Did you mean 'quantise.bits'"),
+        ("quantise={method: rtn, bits: 4, xyz: 3}", r"unknown key 'quantise.xyz'. Known: alpha, bits, .*sweeps\.$"),
         ("drop_last=true", "protocol: clean trains on every example: set drop_last=false, or another protocol"),
         ("learning_rate=yes", "learning_rate=True is not allowed: Input should not be true or false"),
         ("seed=false", "seed=False is not allowed: Input should not be true or false"),
@@ -195,6 +198,8 @@ def test_yaml_reads_exponents_without_a_dot_as_text_but_they_count_as_numbers():
 def test_missing_and_malformed_files(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file: .*lor.yaml. Did you mean '.*lora.yaml'"):
         load_run(experiments_folder() / "word_problems" / "lor.yaml")
+    with pytest.raises(ConfigError, match=r"Did you mean '/.*/experiments/word_problems/lora.yaml'"):
+        load_run(experiments_folder() / "wordproblems" / "lora.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("steps: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
@@ -234,6 +239,21 @@ def test_a_folder_is_no_run_file_and_an_empty_one_has_none_to_name(tmp_path):
         load_run(tmp_path)
     with pytest.raises(ConfigError, match=r"no such file: .*lora\.yaml\.$"):
         load_run(tmp_path / "lora.yaml")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("experiments/wordproblems/lora.yaml", "experiments/word_problems/lora.yaml"),
+        ("experiments/word_problems/lor.yaml", "experiments/word_problems/lora.yaml"),
+        ("wordproblems/lora.yaml", "word_problems/lora.yaml"),
+    ],
+)
+def test_a_wrong_folder_is_told_from_wherever_one_stands(tmp_path, monkeypatch, wrong, right):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"no such file: {wrong}. Did you mean '{right}'"):
+        load_run(Path(wrong))
+    assert load_run(Path(right)).suite == "word_problems"
 
 
 def test_anchors_and_merged_keys_are_no_repetition(tmp_path):
