@@ -18,9 +18,10 @@ from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError, r
 from diablo_theory.files import locked, write_text
 from diablo_theory.finetune.config import (
     RunConfig,
+    Scale,
+    layers,
     overridden,
     read_run_file,
-    small_scale,
 )
 from diablo_theory.finetune.folder import check_owner, finished
 from diablo_theory.finetune.runs import execute
@@ -47,7 +48,7 @@ class SweepFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    small: bool = False
+    scale: Scale = "full"
     parts: tuple[Part, ...] = Field(min_length=1)
 
 
@@ -115,11 +116,10 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         _require_apart(part.vary, overrides or {}, "--set")
         for file, values in itertools.product(part.files, _combinations(part.vary)):
             differences = read_run_file(file)
-            small = small_scale(differences) if sweep.small else {}
             name = "-".join([f"{differences['suite']}/{file.stem}", *map("{0[0]}={0[1]}".format, values.items())])
             _require_folder_name(name)
             try:
-                config = overridden([differences, small], {**part.set, **values, **(overrides or {})})
+                config = overridden(layers(differences, sweep.scale), {**part.set, **values, **(overrides or {})})
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             if name in runs and runs[name].config != config:

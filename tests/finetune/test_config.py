@@ -51,7 +51,7 @@ def test_every_run_file_loads_and_all_are_there():
 
 def test_every_run_file_becomes_small():
     for file in run_files():
-        config = load_run(file, small=True)
+        config = load_run(file, scale="small")
         assert (config.scale, config.model, config.epochs) == ("small", "SmolLM2-135M-Instruct", None)
 
 
@@ -223,6 +223,7 @@ def test_missing_and_malformed_files(tmp_path):
         (b"on: 3\n", "keys must be names, got True"),
         (b"1: 2\n", "keys must be names, got 1"),
         (b"", "must hold keys and values, got NoneType"),
+        (b"part:\n  - files: [a.yaml]\n", "run.yaml: unknown key 'part'. Did you mean 'parts'"),
         (b"parts:\n  - files: [a.yaml]\n", "run.yaml is a sweep file .* `diablo-theory sweep` runs it"),
     ],
 )
