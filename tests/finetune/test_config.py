@@ -62,6 +62,7 @@ def test_full_run_files_say_what_they_need_as_it_is_computed_now():
             wanted = planning.header(planning.plan(planning.work_of(config), "A100-80GB"))
             command = f"diablo-theory plan {file.relative_to(experiments_folder().parent)} --header"
             assert file.read_text().startswith(f"{wanted}\n"), f"not current; `{command}` gives it"
+            assert "(fits: yes)" in wanted or "(fits: barely)" in wanted, file
 
 
 #: What makes a recipe, beside the method and how it is set.
