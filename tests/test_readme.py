@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from diablo_theory.cli import app
+from diablo_theory.finetune.config import load_run
+from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.reporting.claims import readable_claims
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.overview import decided_claims, overview
@@ -75,6 +77,17 @@ def test_the_examples_run(tiny_model, tmp_path, monkeypatch):
     exec(example.replace("path/to/model", str(tiny_model)).replace("num_blocks=64", "num_blocks=6"), names)
     assert not any("diablo" in name for name, _ in names["plain"].named_parameters())
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_data_sets_of_full_runs_whose_length_is_not_checked_are_named():
+    files = [file for file in (ROOT / "experiments").glob("*/*.yaml") if file.parent.name != "sweeps"]
+    full = [config for config in map(load_run, files) if config.scale == "full"]
+    assert all("test" in TASKS[name].sizes for config in full for name in config.evaluate_on)
+    (told,) = re.findall(
+        r"published number of records, but for the training sets (.*?), whose", " ".join(README.split())
+    )
+    unchecked = {config.train_on for config in full if "train" not in TASKS[config.train_on].sizes}
+    assert set(re.findall(r"`(\w+)`", told)) == unchecked
 
 
 def test_every_make_target_that_is_named_exists():

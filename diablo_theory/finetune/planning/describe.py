@@ -24,7 +24,7 @@ def header(plan: Plan) -> str:
     lines = [
         f"Model: {shapes.name}, {shapes.parameters:,} parameters; {ours.label} on "
         f"{', '.join(work.target_modules)}: {ours.parameters:,} trainable ({ours.percent:.3f}%)",
-        f"Data: {work.examples:,} examples of about {work.prompt_tokens + work.answer_tokens:.0f} tokens, {count}; "
+        f"Data: {_examples(work)} of about {work.prompt_tokens + work.answer_tokens:.0f} tokens, {count}; "
         + (f"{work.eval_items:,} problems to decode" if work.scored else "nothing to decode"),
         f"Hardware: {_devices(plan)}; needs {plan.peak_gib:.1f} of the {plan.device_gib:.1f} GiB of each "
         f"(fits: {plan.fits}); weights in {work.dtype}"
@@ -84,7 +84,7 @@ def _work_rows(plan: Plan) -> Iterator[Row]:
         (
             "as asked for"
             if work.steps
-            else f"{work.epochs:g} epochs of {work.examples:,} examples / {work.batch_size}"
+            else f"{work.epochs:g} epochs of {_examples(work)} / {work.batch_size}"
             + (", whole batches alone" if work.drop_last else "")
         ),
     )
@@ -170,6 +170,10 @@ def duration(low: float, high: float) -> str:
 def _two_digits(number: float) -> str:
     """Two significant digits, or all before the point: from 99.5 on ``g`` would write an exponent."""
     return f"{number:.0f}" if number >= 99.5 else f"{number:.2g}"
+
+
+def _examples(work: Work) -> str:
+    return f"{work.examples:,} examples" + (" (assumed)" if work.examples_assumed else "")
 
 
 def _devices(plan: Plan) -> str:

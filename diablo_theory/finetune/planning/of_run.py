@@ -85,6 +85,8 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     count = config.train_limit if stated is None else min(stated, LOOKED_AT)
     read = [] if known and stated else _read(config, config.train_on, "train", count)
     sizes: dict[str, Any] = {"examples": stated or len(read)}
+    by_name = known is not None and stated == known.examples and "train" not in TASKS[config.train_on].sizes
+    sizes["examples_assumed"] = by_name
     if known is not None:
         lengths = _cut(known.prompt_tokens, known.answer_tokens, config.max_length)
         most = min(known.max_tokens, config.max_length)

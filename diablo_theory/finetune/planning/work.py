@@ -67,6 +67,7 @@ class Work:
         rank: The knob of a method other than DiaBlo; left out, the nearest to DiaBlo's budget.
         target_modules: The adapted matrices, as ``methods.target_layers`` takes them.
         examples: Training examples of one epoch.
+        examples_assumed: Their number is an assumption, which no published count and no file has confirmed.
         prompt_tokens: Mean tokens of a prompt, template included.
         answer_tokens: Mean tokens of an answer, end token included.
         padding: Positions that are computed over real tokens: batches are padded to their longest example.
@@ -99,6 +100,7 @@ class Work:
     rank: int | None = None
     target_modules: tuple[str, ...] = PAPER_TARGETS
     examples: int
+    examples_assumed: bool = False
     prompt_tokens: float
     answer_tokens: float
     padding: float = 1.0

@@ -10,7 +10,7 @@ from diablo_theory.errors import ConfigError
 from diablo_theory.files import experiments_folder
 from diablo_theory.finetune.config import load_run, resolve
 from diablo_theory.finetune.data import encode, length, number_of_steps
-from diablo_theory.finetune.planning import of_run, work_of
+from diablo_theory.finetune.planning import header, of_run, plan, work_of
 from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.finetune.planning.generation import decoding
 from diablo_theory.finetune.planning.shapes import model_shapes
@@ -143,6 +143,14 @@ def test_examples_are_those_that_the_run_reads():
     assert [examples(), examples(protocol="clean")] == [7473, 6686]
     assert [examples(train_items=500), examples(steps=10, epochs=None)] == [500, 160]
     assert examples(steps=10_000, epochs=None, train_items=7000) == 7000
+
+
+def test_a_number_of_examples_that_nobody_has_published_is_marked():
+    for name in DATASETS:
+        planned = work(train_on=name, evaluate_on=["gsm8k"])
+        assert planned.examples_assumed is (name in ("math_10k", "saferpaca")), name
+        assert ("examples (assumed) of" in header(plan(planned, "L40"))) is planned.examples_assumed
+    assert not work(train_on="math_10k", evaluate_on=["gsm8k"], train_items=500).examples_assumed
 
 
 def test_the_clean_part_of_a_large_set_is_counted_and_not_guessed(tmp_path):
