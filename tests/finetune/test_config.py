@@ -110,6 +110,13 @@ def test_suites_on_gsm8k_train_as_the_authors_script_but_for_dropout(suite):
         assert "no-dropout" in file.read_text()
 
 
+def test_lora_on_gsm8k_differs_from_the_authors_script_in_the_method_alone():
+    folder = experiments_folder() / "arithmetic"
+    diablo, lora = (load_run(folder / f"gsm8k_llama2-7b_{method}.yaml") for method in ("diablo", "lora"))
+    differing = {key for key, value in lora.model_dump().items() if value != getattr(diablo, key)}
+    assert differing == {"method", "rank", "alpha", "learning_rate"}
+
+
 def test_seeds_compare_equal_recipes():
     runs = [run.config for run in planned(read_sweep(experiments_folder() / "sweeps" / "seeds.yaml"))]
     assert {config.method for config in runs} == {"diablo", "lora"}
