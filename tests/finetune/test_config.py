@@ -9,6 +9,7 @@ from diablo_theory.errors import ConfigError
 from diablo_theory.files import experiments_folder
 from diablo_theory.finetune import planning
 from diablo_theory.finetune.config import RunConfig, load_run, parse_overrides, resolve
+from diablo_theory.finetune.planning import Device
 from diablo_theory.finetune.sweep import planned, read_sweep
 from diablo_theory.reproduce import load_profile, planned_runs
 
@@ -53,6 +54,23 @@ def test_every_run_file_becomes_small():
     for file in run_files():
         config = load_run(file, scale="small")
         assert (config.scale, config.model, config.epochs) == ("small", "SmolLM2-135M-Instruct", None)
+
+
+#: What two cores reach with SmolLM2-135M: a step of 900 tokens in 3.5 s, and its weights nine times a second.
+TWO_CORES = Device("two cores", 16e9, 5e9, {"float32": 0.18e12}, (1, 1), (1, 1), foreach=False, source="measured")
+#: Tasks whose length only the data tell are planned as the set that is made of their kind.
+LIKE = {"boolq": "commonsense_170k", "arc_easy": "commonsense_170k"}
+
+
+def test_small_runs_take_minutes_and_those_with_programs_half_an_hour():
+    minutes = {}
+    for file in run_files():
+        config = load_run(file, scale="small")
+        config = config.model_copy(update={"train_on": LIKE.get(config.train_on, config.train_on)})
+        found = planning.plan(planning.work_of(config), TWO_CORES)
+        minutes[file.parent.name, file.stem] = (found.train_seconds_high + found.eval_seconds_high) / 60
+    assert {suite for (suite, _), time in minutes.items() if time > 16} == {"code"}
+    assert max(minutes.values()) < 40
 
 
 def test_full_run_files_say_what_they_need_as_it_is_computed_now():
