@@ -143,6 +143,23 @@ def test_seeds_compare_equal_recipes():
     assert recipe(runs[0]) == recipe(load_run(experiments_folder() / "arithmetic" / "gsm8k_llama2-7b_diablo.yaml"))
 
 
+def test_searched_rates_are_those_of_the_search_and_edges_are_said():
+    runs = planned(read_sweep(experiments_folder() / "sweeps" / "small_tuning.yaml"))
+    grids = {}
+    for run in runs:
+        assert run.config.eval_split == "validation"
+        grids.setdefault((run.config.suite, run.config.method), set()).add(run.config.learning_rate)
+    sizes = {method: len(grid) for (suite, method), grid in grids.items() if suite == "boolq"}
+    assert sizes == {"diablo": 5, "lora": 3, "lora-fa": 3, "full": 3, "dora": 2, "miss": 2}  # as README says
+    words = [("word_problems", method) for method in ("dora", "lora-fa", "miss")]
+    for suite, method in [*words, *(cell for cell in grids if cell[0] == "boolq")]:
+        file, grid = experiments_folder() / suite / f"{method}.yaml", grids[suite, method]
+        rate, text = load_run(file).learning_rate, " ".join(file.read_text().replace("#", "").split())
+        assert rate in grid
+        assert "`diablo-theory sweep experiments/sweeps/small_tuning.yaml` repeats" in text
+        assert ("The best is at the edge" in text) is (rate in (min(grid), max(grid)))
+
+
 def test_magr_and_the_quantiser_part_for_both_methods():
     configs = [load_run(file) for file in (experiments_folder() / "quantised").glob("*.yaml")]
     cells = Counter((config.method, config.quantise.method, config.quantise.bits) for config in configs)
