@@ -14,6 +14,7 @@ from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.reporting.claims import readable_claims
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.overview import decided_claims, overview
+from diablo_theory.reporting.published import METHOD_NAMES
 from diablo_theory.reporting.report import named_tables
 from diablo_theory.reporting.results import collect, tidy_rows
 from diablo_theory.reporting.speeds import read_speeds
@@ -77,6 +78,19 @@ def test_the_examples_run(tiny_model, tmp_path, monkeypatch):
     exec(example.replace("path/to/model", str(tiny_model)).replace("num_blocks=64", "num_blocks=6"), names)
     assert not any("diablo" in name for name, _ in names["plain"].named_parameters())
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_published_methods_without_a_run_file_are_named():
+    files = [*(ROOT / "paper_results" / "published").glob("*_diablo*.csv")]
+    rows = pd.concat(map(pd.read_csv, files))
+    runs = {(load_run(file).suite, load_run(file).method) for file in (ROOT / "experiments").glob("[!s]*/*.yaml")}
+    runs |= {("safety", load_run(file).method) for file in (ROOT / "experiments" / "safety").glob("*.yaml")}
+    runs.add(("quantised", "gptq-lora"))  # LoRA on a base of OPTQ's, which is GPTQ
+    missing = {
+        method for suite, method in zip(rows["suite"], rows["method"], strict=True) if (suite, method) not in runs
+    }
+    (told,) = re.findall(r"without a method here are (.*?) has a stand-in", README)
+    assert set(re.split(r", | and |, and ", told.replace(", and ", ", "))) == {METHOD_NAMES[name] for name in missing}
 
 
 def test_data_sets_of_full_runs_whose_length_is_not_checked_are_named():
