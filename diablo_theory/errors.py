@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
 
 class DiabloTheoryError(Exception):
@@ -50,12 +50,13 @@ class SandboxError(DiabloTheoryError, RuntimeError):
     """Generated code that could not be run at all, which says nothing about whether it is right."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], within: str = "") -> str:
     """Say which known name a misspelt one is closest to.
 
     Args:
         name: What the user wrote.
         known: The names that would have been accepted.
+        within: What the user writes before such a name, as the ``quantise.`` of ``quantise.bits``.
 
     Returns:
         ``" Did you mean 'x'?"`` (with its leading space), the list of known names when none is close, or nothing when
@@ -64,7 +65,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not (options := sorted(known)):
         return ""
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(options)}."
+    return f" Did you mean {within + close[0]!r}?" if close else f" Known: {', '.join(options)}."
 
 
 def brief(error: BaseException) -> str:
@@ -75,15 +76,41 @@ def brief(error: BaseException) -> str:
     return said if sentence else f"{type(error).__name__}: {said.rstrip('.')}."
 
 
-def refusal(error: ValidationError) -> str:
-    """The first thing that pydantic has found wrong, in the words of who writes YAML or JSON."""
-    problem = error.errors()[0]
+def refusal(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first thing that pydantic has found wrong, in the words of who writes YAML or JSON.
+
+    Args:
+        error: What it has found.
+        model: What it was to be; an unknown key is told with the nearest known one of the same part.
+    """
+    problems = error.errors()
+    # A misspelt key is missing as well: what was written tells more.
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     where = ".".join(map(str, problem["loc"]))
     if not where:  # keys that do not fit together
         return str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         return f"{where} is missing"
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {where!r}"
+        *within, name = map(str, problem["loc"])
+        hint = nearest(name, _fields(model, within), "".join(f"{part}." for part in within))
+        return f"unknown key {where!r}" + (f".{hint}" if hint else "")
     said = problem["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
     return f"{where}={problem['input']!r:.200} is not allowed: {said}"
+
+
+def _fields(model: type[BaseModel] | None, within: Iterable[str]) -> set[str]:
+    """Names of the keys at a place; none where it is not known which model stands there."""
+    models = [] if model is None else [model]
+    for name in within:
+        if not name.isdecimal():  # the place in a list says nothing of what is in it
+            fields = [one.model_fields[name] for one in models if name in one.model_fields]
+            models = [inner for field in fields for inner in _models_in(field.annotation)]
+    return {name for one in models for name in one.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models in a type: of ``tuple[Part, ...] | None``, Part."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,42 @@ def parsed(text: str) -> Any:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
+def find(path: Path, *roots: Path) -> Path:
+    """A YAML file seen from the working folder, or else from the first root that has it.
+
+    Args:
+        path: As a user names it.
+        roots: Other folders that it may lie below.
+
+    Raises:
+        ConfigError: If it is a folder, or nowhere; then it names the nearest there is in the file's folder or, if that
+            is missing too, in the folders beside it.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file in it")
+    places = [Path(), *roots]
+    for root in places:
+        if (root / path).is_file():
+            return root / path
+    around = [(root, file) for root in places for file in _around(root / path)]
+    known = {str(file if path.is_absolute() else file.relative_to(root)) for root, file in around}
+    raise ConfigError(f"no such file: {path}.{nearest(str(path), known)}")
+
+
+def _around(path: Path) -> Iterable[Path]:
+    folder = path.parent
+    return folder.glob("*.yaml") if folder.is_dir() else folder.parent.glob("*/*.yaml")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
         ConfigError: If it is missing (naming the nearest file there is), unreadable, or no mapping of names.
     """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name a file in it")
-    if not path.is_file():
-        known = (str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else ()
-        raise ConfigError(f"no such file: {path}.{nearest(str(path), known)}")
+    file = find(path)
     try:
-        content = parsed(path.read_text(encoding="utf-8"))
+        content = parsed(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -67,7 +67,7 @@ def read_checked(path: Path, kind: type[BaseModel], advice: str = AGAIN) -> dict
     try:
         kind.model_validate(found)
     except ValidationError as error:
-        raise ResultsError(f"{path} was edited, or is of another version: {refusal(error)}. {advice}") from None
+        raise ResultsError(f"{path} was edited, or is of another version: {refusal(error, kind)}. {advice}") from None
     return found
 
 

@@ -114,7 +114,8 @@ def test_small_scale_puts_its_file_between(shell, tmp_path, words, tiny_model):
     arguments = [
         "train",
         file,
-        "--small",
+        "--scale",
+        "small",
         f"model={tiny_model}",
         "num_blocks=6",
         "steps=2",
@@ -174,7 +175,12 @@ def test_a_sweep_with_a_failure_says_which_and_exits_with_1(shell, words):
         (["sweep", "words", "--cluster", "pbs"], "'pbs' is not one of 'slurm', 'local'"),
         (["sweep", "all.yaml", "words"], "one sweep file at a time, and nothing beside it: all.yaml is one of the 3"),
         (["sweep", "sweeps"], "one sweep file at a time, and nothing beside it: sweeps/a.yaml is one of the 2 files"),
-        (["sweep", "all.yaml", "--small"], "a sweep file says itself"),
+        (["sweep", "all.yaml", "--scale", "full"], "a sweep file says itself"),
+        (
+            ["train", "words/lora.yaml", "scale=small"],
+            "scale cannot be set here: the run file decides it (--scale small makes any run",
+        ),
+        (["train", "words/lora.yaml", "--scale", "tiny"], "'tiny' is not one of 'small', 'full'"),
         (["train", "words/lora.yaml", "train_on=gsm9k"], "no task is called 'gsm9k'"),
     ],
 )

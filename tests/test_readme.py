@@ -9,9 +9,12 @@ import pandas as pd
 import pytest
 
 from diablo_theory.cli import app
+from diablo_theory.finetune.config import load_run
+from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.reporting.claims import readable_claims
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.overview import decided_claims, overview
+from diablo_theory.reporting.published import METHOD_NAMES
 from diablo_theory.reporting.report import named_tables
 from diablo_theory.reporting.results import collect, tidy_rows
 from diablo_theory.reporting.speeds import read_speeds
@@ -75,6 +78,30 @@ def test_the_examples_run(tiny_model, tmp_path, monkeypatch):
     exec(example.replace("path/to/model", str(tiny_model)).replace("num_blocks=64", "num_blocks=6"), names)
     assert not any("diablo" in name for name, _ in names["plain"].named_parameters())
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_published_methods_without_a_run_file_are_named():
+    files = [*(ROOT / "paper_results" / "published").glob("*_diablo*.csv")]
+    rows = pd.concat(map(pd.read_csv, files))
+    runs = {(load_run(file).suite, load_run(file).method) for file in (ROOT / "experiments").glob("[!s]*/*.yaml")}
+    runs |= {("safety", load_run(file).method) for file in (ROOT / "experiments" / "safety").glob("*.yaml")}
+    runs.add(("quantised", "gptq-lora"))  # LoRA on a base of OPTQ's, which is GPTQ
+    missing = {
+        method for suite, method in zip(rows["suite"], rows["method"], strict=True) if (suite, method) not in runs
+    }
+    (told,) = re.findall(r"without a method here are (.*?) has a stand-in", README)
+    assert set(re.split(r", | and |, and ", told.replace(", and ", ", "))) == {METHOD_NAMES[name] for name in missing}
+
+
+def test_data_sets_of_full_runs_whose_length_is_not_checked_are_named():
+    files = [file for file in (ROOT / "experiments").glob("*/*.yaml") if file.parent.name != "sweeps"]
+    full = [config for config in map(load_run, files) if config.scale == "full"]
+    assert all("test" in TASKS[name].sizes for config in full for name in config.evaluate_on)
+    (told,) = re.findall(
+        r"published number of records, but for the training sets (.*?), whose", " ".join(README.split())
+    )
+    unchecked = {config.train_on for config in full if "train" not in TASKS[config.train_on].sizes}
+    assert set(re.findall(r"`(\w+)`", told)) == unchecked
 
 
 def test_every_make_target_that_is_named_exists():

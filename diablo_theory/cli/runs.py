@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from diablo_theory.finetune.sweep import Planned
     from diablo_theory.progress import Board
 
-Small = Annotated[
-    bool,
-    typer.Option(
-        "--small", help="The same recipe with a small model and a slice of the data: experiments/small.yaml."
-    ),
-]
+SCALE = typer.Option(
+    help="full: as the file says; small: the same recipe with a small model and a slice of the data (small.yaml)."
+)
+Scale = Annotated[Literal["small", "full"], SCALE]
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, such as results/runs/word_problems/lora.")
 ]
@@ -30,7 +28,7 @@ RunFolder = Annotated[
 def train(
     run_file: Annotated[Path, typer.Argument(metavar="FILE", help="Such as experiments/word_problems/diablo.yaml.")],
     overrides: Overrides = None,
-    small: Small = False,
+    scale: Scale = "full",
     out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: results/runs/SUITE/FILE).")] = None,
 ) -> None:
     """Train and evaluate one run: a file that says how it differs from experiments/defaults.yaml.
@@ -45,8 +43,8 @@ def train(
     from diablo_theory.finetune.config import load_run
     from diablo_theory.finetune.runs import execute
 
-    config = load_run(run_file, overrides or [], small=small)
-    name = run_file.stem + ("-small" if small else "")
+    config = load_run(run_file, overrides or [], scale)
+    name = run_file.stem + ("-small" if scale == "small" else "")
     folder = out or Path("results") / "runs" / config.suite / name
     require_folder(out)
     _tell(execute(config, folder, _board()), folder, config.eval_split)
@@ -56,7 +54,7 @@ def train(
 def plan(
     run_file: Annotated[Path, typer.Argument(metavar="FILE", help="A run file.")],
     overrides: Overrides = None,
-    small: Small = False,
+    scale: Scale = "full",
     device: Annotated[str, typer.Option(help="Such as A100-80GB, H100-80GB, L40, RTX-4090; cpu is measured.")] = (
         "A100-80GB"
     ),
@@ -77,7 +75,7 @@ def plan(
     from diablo_theory.finetune import planning
     from diablo_theory.finetune.config import load_run
 
-    config = load_run(run_file, overrides or [], small=small)
+    config = load_run(run_file, overrides or [], scale)
     found = planning.plan(planning.work_of(config, devices, sharding), device)
     if header:
         print(planning.header(found))
@@ -131,7 +129,7 @@ def sweep(
         list[str] | None,
         typer.Option("--vary", metavar="KEY=A,B,...", help="A run for each value; repeatable, all combinations."),
     ] = None,
-    small: Small = False,
+    scale: Annotated[Literal["small", "full"] | None, SCALE] = None,
     out: Annotated[Path, typer.Option("--out", help="Holds a folder a run.")] = Path("results/sweep"),
     cluster: Annotated[
         Literal["slurm", "local"] | None,
@@ -165,7 +163,7 @@ def sweep(
     require_folder(out)
     if cluster_options and cluster is None:
         raise typer.BadParameter("--cluster-option needs --cluster")
-    chosen, overrides = _sweep(files, vary or [], small), parse_overrides(settings or [])
+    chosen, overrides = _sweep(files, vary or [], scale), parse_overrides(settings or [])
     runs = sweeps.planned(chosen, overrides)
     known = _collected(collection, runs) if collection else set()
     runs = [run for run in runs if run.name not in known]
@@ -200,7 +198,7 @@ def _collected(collection: Path, runs: list[Planned]) -> set[str]:
     return collected(collection, {run.name: run.config.identity for run in runs})
 
 
-def _sweep(files: list[Path], vary: list[str], small: bool) -> Any:
+def _sweep(files: list[Path], vary: list[str], scale: Literal["small", "full"] | None) -> Any:
     from diablo_theory.errors import ConfigError
     from diablo_theory.finetune import sweep as sweeps
 
@@ -213,10 +211,10 @@ def _sweep(files: list[Path], vary: list[str], small: bool) -> Any:
             f"one sweep file at a time, and nothing beside it: {several[0]} is one of the {len(found)} files here"
         )
     if several:
-        if vary or small:
+        if vary or scale:
             raise typer.BadParameter("a sweep file says itself what varies and at which scale")
         return sweeps.read_sweep(found[0])
-    return sweeps.SweepFile(small=small, parts=(sweeps.Part(files=tuple(found), vary=_values(vary)),))
+    return sweeps.SweepFile(scale=scale or "full", parts=(sweeps.Part(files=tuple(found), vary=_values(vary)),))
 
 
 def _values(vary: list[str]) -> dict[str, tuple[Any, ...]]:

@@ -39,6 +39,8 @@ def quantised_base(
     DEVIATION(calibration-text): the text is the training set's, in the order of seed 0; the quantisers' own scripts
     take WikiText2.
 
+    DEVIATION(qlora-base): for QLoRA's base, which is NF4, the run files take rounding to nearest on an even grid.
+
     Args:
         model: A freshly loaded model.
         tokenizer: Its tokenizer.

@@ -14,10 +14,11 @@ from diablo_theory.files import experiments_folder
 from diablo_theory.finetune.tasks import TASKS, Protocol
 from diablo_theory.methods import Method, changes_base
 from diablo_theory.quantise import QuantiseConfig
-from diablo_theory.reading import parsed, read_yaml
+from diablo_theory.reading import find, parsed, read_yaml
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 DType = Literal["float32", "bfloat16", "float16"]
+Scale = Literal["small", "full"]
 
 #: Keys that say where a run is done, not what it is: a folder may be continued with others.
 ELSEWHERE = ("data_root", "device", "eval_batch_size")
@@ -72,7 +73,7 @@ class RunConfig(BaseModel):
     keep_weights: bool
     seed: int = Field(ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"]
-    scale: Literal["small", "full"]
+    scale: Scale
 
     @field_validator("*", mode="before")
     @classmethod
@@ -98,6 +99,8 @@ class RunConfig(BaseModel):
             if self.protocol not in TASKS[name].protocols:
                 has = ", ".join(TASKS[name].protocols)
                 raise ValueError(f"protocol: {name} has {has}; got {self.protocol!r}")
+        if self.protocol == "clean" and self.drop_last:
+            raise ValueError("protocol: clean trains on every example: set drop_last=false, or another protocol")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
@@ -200,55 +203,84 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(refusal(error)) from None
+        raise ConfigError(refusal(error, RunConfig)) from None
 
 
-def load_run(path: Path, overrides: Iterable[str] = (), *, small: bool = False) -> RunConfig:
+def load_run(path: Path, overrides: Iterable[str] = (), scale: Scale = "full") -> RunConfig:
     """The run that a file of differences describes, with command-line overrides on top.
 
     Args:
-        path: Such as ``experiments/word_problems/lora.yaml``; also found in what an installed package carries.
+        path: Such as ``experiments/word_problems/lora.yaml``, or without the first folder; also found in what an
+            installed package carries.
         overrides: ``key=value`` pairs.
-        small: Put ``experiments/small.yaml`` between file and overrides: the same recipe on a small model.
+        scale: ``full`` is what the file says; ``small`` puts ``experiments/small.yaml`` between file and overrides:
+            the same recipe on a small model.
 
     Raises:
         ConfigError: As :func:`resolve` and :func:`overridden` say.
     """
     differences = read_run_file(path)
-    layers = [differences, small_scale(differences)] if small else [differences]
-    return overridden(layers, parse_overrides(overrides))
+    return overridden(layers(differences, scale), parse_overrides(overrides))
 
 
-def overridden(layers: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> RunConfig:
+def overridden(files: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> RunConfig:
     """What files say, with a user's changes: a full run that does less than its file is a small one.
 
+    Less is another model, less of any of :data:`AMOUNT`, or smaller batches for as many steps. A model is another one
+    if the last part of its name is: a copy in a folder, or on a hub under another owner, has to be called as the file
+    calls it (upper or lower case). Whether such a copy is one is not checked; a run records its source and SHA-256.
+
     Args:
-        layers: As for :func:`resolve`.
+        files: Layers, as for :func:`resolve`.
         changes: Keys over all of them.
 
     Raises:
         ConfigError: For a key that only a file may decide.
     """
     if decided := [key for key in changes if key in DECIDED]:
-        raise ConfigError(f"{decided[0]} cannot be set here: the run file decides it (--small makes a small run)")
-    before, after = resolve(*layers), resolve(*layers, changes)
+        raise ConfigError(
+            f"{decided[0]} cannot be set here: the run file decides it (--scale small makes any run a small one)"
+        )
+    before, after = resolve(*files), resolve(*files, changes)
+    return after.model_copy(update={"scale": "small"}) if _does_less(after, before) else after
+
+
+def _does_less(after: RunConfig, before: RunConfig) -> bool:
+    """As :func:`overridden` says."""
+    names = {Path(config.model).name.casefold() for config in (after, before)}
+    smaller_batches = before.steps is not None and after.batch_size < before.batch_size
     less = any((getattr(after, key) or math.inf) < (getattr(before, key) or math.inf) for key in AMOUNT)
-    return after.model_copy(update={"scale": "small"}) if less else after
+    return len(names) > 1 or smaller_batches or less
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """What a run file says; its suite is the folder that it lies in."""
-    if not path.is_file() and (packaged := experiments_folder().parent / path).is_file():
-        path = packaged
+    """What a run file says; its suite is the folder that it lies in.
+
+    Raises:
+        ConfigError: If it is missing (naming the nearest file there is), no YAML, a sweep file, or names its suite.
+    """
+    path = find(path, experiments_folder(), experiments_folder().parent)
     content = read_yaml(path)
     if "parts" in content:
         raise ConfigError(f"{path} is a sweep file (it has `parts`), not a run file: `diablo-theory sweep` runs it")
+    if unknown := [key for key in content if key.partition(".")[0] not in RunConfig.model_fields]:
+        known = [*RunConfig.model_fields, "parts"]
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}.{nearest(unknown[0], known)}")
     if "suite" in content:
         raise ConfigError(f"{path}: suite is the name of the folder, leave it out")
     return content | {"suite": path.resolve().parent.name}
 
 
-def small_scale(differences: Mapping[str, Any]) -> dict[str, Any]:
-    """``experiments/small.yaml``, without parts of keys that a file does not set: what its run becomes on a laptop."""
+def layers(differences: Mapping[str, Any], scale: Scale) -> list[Mapping[str, Any]]:
+    """What a run file says, and over it, for a small run, ``experiments/small.yaml``: what it becomes on a laptop.
+
+    Args:
+        differences: From :func:`read_run_file`.
+        scale: As for :func:`load_run`.
+    """
+    if scale == "full":
+        return [differences]
     small = read_yaml(experiments_folder() / "small.yaml")
-    return {key: value for key, value in small.items() if "." not in key or differences.get(key.partition(".")[0])}
+    # Of a key that the file does not set, there is no part to make smaller.
+    parts = {key: value for key, value in small.items() if "." not in key or differences.get(key.partition(".")[0])}
+    return [differences, parts]

@@ -35,6 +35,9 @@ class Encoded(TypedDict):
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int | None = None) -> list[Encoded]:
     """Tokenise prompts and answers apart, so that decoding sees exactly the prompt tokens that training saw.
 
+    DEVIATION(prompt-limit): the authors' data processing for GSM8K, and LoRI's for code and safety, cuts a prompt at
+    256 tokens as well; here an example has a limit as a whole.
+
     Args:
         examples: Any number.
         tokenizer: A transformers tokenizer.

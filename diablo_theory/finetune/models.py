@@ -76,6 +76,9 @@ def sha256_of(path: Path) -> str:
 def load_model(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A causal language model.
 
+    DEVIATION(padding-token): the authors add a token for padding, with a row of the embedding, and pad with id 0 in
+    scoring commonsense; here a tokenizer's own padding token pads, or its end token, masked everywhere.
+
     Args:
         name: ``SmolLM2-135M-Instruct`` (from the package index, cached), a local folder in transformers' layout, or a
             hub id with a slash.

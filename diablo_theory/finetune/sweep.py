@@ -15,12 +15,13 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diablo_theory.errors import ConfigError, DiabloTheoryError, ResultsError, refusal
-from diablo_theory.files import experiments_folder, locked, write_text
+from diablo_theory.files import locked, write_text
 from diablo_theory.finetune.config import (
     RunConfig,
+    Scale,
+    layers,
     overridden,
     read_run_file,
-    small_scale,
 )
 from diablo_theory.finetune.folder import check_owner, finished
 from diablo_theory.finetune.runs import execute
@@ -47,7 +48,7 @@ class SweepFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    small: bool = False
+    scale: Scale = "full"
     parts: tuple[Part, ...] = Field(min_length=1)
 
 
@@ -95,7 +96,7 @@ def read_sweep(path: Path) -> SweepFile:
     try:
         return SweepFile.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {refusal(error)}") from None
+        raise ConfigError(f"{path}: {refusal(error, SweepFile)}") from None
 
 
 def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> list[Planned]:
@@ -114,12 +115,11 @@ def planned(sweep: SweepFile, overrides: Mapping[str, Any] | None = None) -> lis
         _require_apart(part.vary, part.set, "its own set")
         _require_apart(part.vary, overrides or {}, "--set")
         for file, values in itertools.product(part.files, _combinations(part.vary)):
-            differences = read_run_file(_found(file))
-            small = small_scale(differences) if sweep.small else {}
+            differences = read_run_file(file)
             name = "-".join([f"{differences['suite']}/{file.stem}", *map("{0[0]}={0[1]}".format, values.items())])
             _require_folder_name(name)
             try:
-                config = overridden([differences, small], {**part.set, **values, **(overrides or {})})
+                config = overridden(layers(differences, sweep.scale), {**part.set, **values, **(overrides or {})})
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             if name in runs and runs[name].config != config:
@@ -148,11 +148,6 @@ def _require_folder_name(name: str) -> None:
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
     for values in itertools.product(*vary.values()):
         yield dict(zip(vary, values, strict=True))
-
-
-def _found(file: Path) -> Path:
-    inside = experiments_folder() / file
-    return inside if inside.is_file() and not file.is_file() else file
 
 
 def run_all(runs: Sequence[Planned], out: Path, board: SweepBoard) -> list[Outcome]:

@@ -189,6 +189,29 @@ def test_a_full_run_that_does_less_is_a_small_one(changes, scale):
     assert load_run(Path("experiments/blocks/diablo.yaml"), changes).scale == scale
 
 
+@pytest.mark.parametrize(
+    ("model", "scale"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "full"),
+        ("/models/llama-2-7b-hf/", "full"),
+        ("somebody/Llama-2-7b-hf", "full"),
+        ("SmolLM2-135M-Instruct", "small"),
+        ("meta-llama/Llama-2-13b-hf", "small"),
+        ("/models/Llama-2-7b-hf/snapshots/0a1b", "small"),
+    ],
+)
+def test_a_full_run_of_another_model_is_a_small_one(model, scale):
+    assert load_run(Path("experiments/commonsense/llama2-7b_diablo-n64.yaml"), [f"model={model}"]).scale == scale
+
+
+@pytest.mark.parametrize(
+    ("file", "scale"), [("efficiency/diablo.yaml", "small"), ("commonsense/llama2-7b_diablo-n64.yaml", "full")]
+)
+def test_smaller_batches_are_less_where_the_steps_are_fixed(file, scale):
+    assert load_run(Path("experiments") / file, ["batch_size=8"]).scale == scale
+    assert load_run(Path("experiments") / file, ["batch_size=32"]).scale == "full"
+
+
 class Scaler(torch.amp.GradScaler):
     """As a GPU would have it in float16."""
 

@@ -131,11 +131,28 @@ def test_mistakes_are_told_before_the_first_run(spec, tmp_path):
     twice = sweep.SweepFile(parts=(sweep.Part(files=files, set=TINY), sweep.Part(files=files, set={"steps": 9})))
     with pytest.raises(ConfigError, match="both called words/lora"):
         sweep.planned(twice)
-    (tmp_path / "bad.yaml").write_text("parts:\n  - file: [a.yaml]\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: parts\.0\.files is missing"):
+    with pytest.raises(
+        ConfigError, match=r"no such file: wordproblems/lora.yaml. Did you mean 'word_problems/lora.yaml'"
+    ):
+        sweep.planned(sweep.SweepFile(parts=(sweep.Part(files=("wordproblems/lora.yaml",)),)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("parts:\n  - set: {seed: 1}\n", r"parts\.0\.files is missing"),
+        ("parts:\n  - file: [a.yaml]\n", r"unknown key 'parts\.0\.file'. Did you mean 'parts\.0\.files'"),
+        (
+            "parts:\n  - {files: [a.yaml], very: {seed: [0]}}\n",
+            "unknown key 'parts.0.very'. Did you mean 'parts.0.vary'",
+        ),
+        ("scal: small\nparts:\n  - files: [a.yaml]\n", "unknown key 'scal'. Did you mean 'scale'"),
+    ],
+)
+def test_mistakes_in_a_sweep_file_name_the_nearest_key(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"bad\.yaml: {message}"):
         sweep.read_sweep(tmp_path / "bad.yaml")
-    with pytest.raises(ConfigError, match="no such file"):
-        sweep.planned(sweep.SweepFile(parts=(sweep.Part(files=("nowhere/lora.yaml",)),)))
 
 
 def test_a_part_that_varies_over_nothing_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Sizes of the data of full runs. Counts are stated ones; lengths are assumptions, and say so."""
+"""Sizes of the data of full runs: counts as stated where they are, else assumed, and lengths assumed; each says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class Dataset:
     """Training data.
 
     Attributes:
-        examples: Published training examples; all protocols but the clean one take them all.
+        examples: Published training examples; all protocols but the clean one take them all. An assumption where the
+            task itself does not know how many there are (``Task.sizes``), so that a run could not tell.
         prompt_tokens: Mean tokens of a prompt with its template, assumed.
         answer_tokens: Mean tokens of an answer, assumed.
         padding: Computed positions over real ones at a batch of 16, assumed.
@@ -51,6 +52,6 @@ DATASETS: dict[str, Dataset] = {
         clean=6686,
     ),
     "code_alpaca": Dataset(20_022, 60, 70, 1.8, 512, f"20,022 as commonly documented. {_ASSUMED}"),
-    "saferpaca": Dataset(22_000, 50, 80, 1.8, 512, f"20k Alpaca and 2,000 safety items as stated. {_ASSUMED}"),
-    "math_10k": Dataset(10_000, 100, 110, 1.6, 512, f"10,000 by its name. {_ASSUMED}"),
+    "saferpaca": Dataset(22_000, 50, 80, 1.8, 512, f"assumed of 20k Alpaca and 2,000 safety items. {_ASSUMED}"),
+    "math_10k": Dataset(10_000, 100, 110, 1.6, 512, f"assumed by its name. {_ASSUMED}"),
 }  # fmt: skip

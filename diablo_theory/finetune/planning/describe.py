@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diablo_theory.finetune.planning.estimate import GIB, Plan
+from diablo_theory.finetune.planning.estimate import GIB, Plan, sharded_until_it_fits
 from diablo_theory.finetune.planning.work import Work
 from diablo_theory.quantise import QuantiseConfig
 
@@ -12,19 +12,27 @@ Row = tuple[str, str, str]
 
 
 def header(plan: Plan) -> str:
-    """What a full run needs, as comment lines for the head of its run file: model, data, hardware, time."""
+    """What a full run needs, as comment lines for the head of its run file: model, data, hardware, time.
+
+    One that does not fit is described on as many devices, with FSDP, as it fits on.
+    """
+    alone = plan
+    if plan.fits == "no":
+        plan = sharded_until_it_fits(plan) or plan
     work, shapes, ours = plan.work, plan.shapes, plan.trained
     count = f"{plan.steps:,} steps of {work.batch_size}" if plan.steps else "no training"
     lines = [
         f"Model: {shapes.name}, {shapes.parameters:,} parameters; {ours.label} on "
         f"{', '.join(work.target_modules)}: {ours.parameters:,} trainable ({ours.percent:.3f}%)",
-        f"Data: {work.examples:,} examples of about {work.prompt_tokens + work.answer_tokens:.0f} tokens, {count}; "
-        + (f"{work.eval_items:,} problems to decode" if work.eval_items else "nothing to decode"),
+        f"Data: {_examples(work)} of about {work.prompt_tokens + work.answer_tokens:.0f} tokens, {count}; "
+        + (f"{work.eval_items:,} problems to decode" if work.scored else "nothing to decode"),
         f"Hardware: {_devices(plan)}; needs {plan.peak_gib:.1f} of the {plan.device_gib:.1f} GiB of each "
-        f"(fits: {plan.fits}); weights in {work.dtype}" + (", FSDP" if _is_sharded(plan) else ""),
+        f"(fits: {plan.fits}); weights in {work.dtype}"
+        + (", FSDP" if _is_sharded(plan) else "")
+        + (f"; {_devices(alone)} would need {alone.peak_gib:.1f} (fits: {alone.fits})" if alone is not plan else ""),
         f"Time: training {duration(plan.train_seconds_low, plan.train_seconds_high)} at "
         f"{_share(plan.device.training)} of the peak rate"
-        + (f", decoding {duration(plan.eval_seconds_low, plan.eval_seconds_high)}" if work.eval_items else "")
+        + (f", decoding {duration(plan.eval_seconds_low, plan.eval_seconds_high)}" if work.scored else "")
         + (f"; quantising the base ({_base(work.quantise)}) is not counted" if work.quantise else ""),
         "Computed by `diablo-theory plan`; token counts and the share of the peak rate are assumptions.",
     ]
@@ -76,7 +84,7 @@ def _work_rows(plan: Plan) -> Iterator[Row]:
         (
             "as asked for"
             if work.steps
-            else f"{work.epochs:g} epochs of {work.examples:,} examples / {work.batch_size}"
+            else f"{work.epochs:g} epochs of {_examples(work)} / {work.batch_size}"
             + (", whole batches alone" if work.drop_last else "")
         ),
     )
@@ -128,8 +136,8 @@ def _memory_rows(plan: Plan) -> Iterator[Row]:
     yield "activations", _gib(held.activations_bytes), f"{how}, {work.micro} x {work.longest} positions; {close}"
     yield "logits", _gib(held.logits_bytes), "three float32 matrices at the loss's backward pass"
     yield "a step's peak", _gib(held.step_bytes), "activations, logits, gradients and working tensors as they meet"
-    if work.eval_items:
-        yield "keys and values", _gib(held.cache_bytes), "of a decoded batch with its beams, at its end"
+    if work.scored:
+        yield "keys and values", _gib(held.cache_bytes), "of the largest decoded batch with its beams, at its end"
     yield "peak on a device", _gib(held.peak_bytes), "training or decoding, the larger"
     yield "memory of a device", f"{plan.device_gib:.1f} GiB", plan.device.source
     yield "fits", plan.fits, "barely: by less than the estimate's error of 15%"
@@ -141,11 +149,10 @@ def _time_rows(plan: Plan) -> Iterator[Row]:
     rate = f"{_share(device.training)} of {peak} (an assumption), {_devices(plan)}"
     if plan.steps:
         yield "training time", duration(plan.train_seconds_low, plan.train_seconds_high), rate
-    if plan.work.eval_items:
+    if plan.work.scored:
         bandwidth = f"{device.bandwidth_bytes_per_second / 1e9:.4g} GB/s"
-        how = (
-            f"all {plan.work.new_tokens} tokens of every answer, {_share(device.decoding)} of {bandwidth}, one device"
-        )
+        tokens = " or ".join(str(most) for most in sorted({task.new_tokens for task in plan.work.scored}))
+        how = f"all {tokens} tokens of every answer, {_share(device.decoding)} of {bandwidth}, one device"
         yield "evaluation time", duration(plan.eval_seconds_low, plan.eval_seconds_high), how
         both = plan.train_seconds_low + plan.eval_seconds_low, plan.train_seconds_high + plan.eval_seconds_high
         yield "time of the run", duration(*both), "the sum; loading and saving are not counted"
@@ -163,6 +170,10 @@ def duration(low: float, high: float) -> str:
 def _two_digits(number: float) -> str:
     """Two significant digits, or all before the point: from 99.5 on ``g`` would write an exponent."""
     return f"{number:.0f}" if number >= 99.5 else f"{number:.2g}"
+
+
+def _examples(work: Work) -> str:
+    return f"{work.examples:,} examples" + (" (assumed)" if work.examples_assumed else "")
 
 
 def _devices(plan: Plan) -> str:

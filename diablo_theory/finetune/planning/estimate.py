@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -84,6 +84,25 @@ class Plan:
         from diablo_theory.finetune.planning.describe import rows  # it knows plans, so it comes after them
 
         return pd.DataFrame(rows(self), columns=["quantity", "value", "how"])
+
+
+def sharded_until_it_fits(found: Plan) -> Plan | None:
+    """A plan that does not fit, on twice as many of its devices with FSDP, or four times, and so on.
+
+    Args:
+        found: The plan of a run on too few devices.
+
+    Returns:
+        The first plan that fits for certain, or None where there is none with an example for each device.
+    """
+    work = found.work
+    while work.batch_size % (2 * work.devices) == 0:
+        devices = 2 * work.devices
+        micro = min(work.micro, work.batch_size // devices)
+        work = replace(work, devices=devices, sharding="fsdp", micro_batch=micro)
+        if (larger := plan(work, found.device)).fits == "yes":
+            return larger
+    return None
 
 
 def plan(work: Work, on: str | Device) -> Plan:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from diablo_theory.finetune.planning.devices import Device, Range
 from diablo_theory.finetune.planning.flops import attention_forward
-from diablo_theory.finetune.planning.memory import decoded_at_once
 from diablo_theory.finetune.planning.quantised import dense_bytes, stored_bytes
 from diablo_theory.finetune.planning.shapes import Shapes
-from diablo_theory.finetune.planning.work import DTYPE_BYTES, Work
+from diablo_theory.finetune.planning.work import DTYPE_BYTES, Scored, Work
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,21 @@ class Decoding:
 
 
 def decoding(shapes: Shapes, work: Work) -> Decoding:
-    """Count it, every answer at its full ``new_tokens``."""
-    if not work.eval_items:
-        return Decoding(0, 0, 0, 0)
-    sequences = work.eval_items * work.samples * work.beams
-    batches = math.ceil(work.eval_items * work.samples / work.eval_batch_size)
+    """Count it, every answer at the full ``new_tokens`` of its task."""
+    tasks = [_of_task(shapes, work, task) for task in work.scored]
+    return Decoding(
+        batches=sum(task.batches for task in tasks),
+        prompt_flops=sum(task.prompt_flops for task in tasks),
+        token_flops=sum(task.token_flops for task in tasks),
+        read_bytes=sum(task.read_bytes for task in tasks),
+    )
+
+
+def _of_task(shapes: Shapes, work: Work, task: Scored) -> Decoding:
+    sequences = task.items * task.samples * task.beams
+    batches = math.ceil(task.items * task.samples / task.batch_size)
     prompt = work.eval_prompt
-    half_way = prompt + work.new_tokens / 2
+    half_way = prompt + task.new_tokens / 2
     products = 2 * shapes.layer_products
     head = 2 * shapes.embedding
     size = DTYPE_BYTES[work.dtype]
@@ -49,9 +56,9 @@ def decoding(shapes: Shapes, work: Work) -> Decoding:
         batches=batches,
         prompt_flops=sequences * (shapes.layers * (products * prompt + attention_forward(shapes, prompt)) + head),
         token_flops=sequences
-        * work.new_tokens
+        * task.new_tokens
         * (shapes.layers * (products + attention_forward(shapes, half_way, 1)) + head),
-        read_bytes=batches * work.new_tokens * (read_weights + cache * min(decoded_at_once(work), sequences)),
+        read_bytes=batches * task.new_tokens * (read_weights + cache * task.at_once),
     )
 
 

@@ -101,21 +101,14 @@ def memory(shapes: Shapes, trained: Trained, work: Work, *, foreach: bool = True
         logits_bytes=logits,
         step_bytes=step,
         cache_bytes=cache,
-        decoding_bytes=cache + _decoding_work(shapes, work) if work.eval_items else 0,
+        decoding_bytes=cache + _decoding_work(shapes, work) if work.scored else 0,
     )
 
 
 def key_value_bytes(shapes: Shapes, work: Work) -> int:
-    """Keys and values of a batch that is being decoded, at its end."""
-    if not work.eval_items:
-        return 0
-    tokens = decoded_at_once(work) * (work.eval_prompt + work.new_tokens)
+    """Keys and values of the largest batch that is being decoded, at its end."""
+    tokens = max((task.at_once * (work.eval_prompt + task.new_tokens) for task in work.scored), default=0)
     return round(2 * shapes.layers * shapes.kv_heads * shapes.head_dim * tokens * DTYPE_BYTES[work.dtype])
-
-
-def decoded_at_once(work: Work) -> int:
-    """Sequences in one forward pass of decoding, beams counted apart."""
-    return min(work.eval_batch_size, work.eval_items * work.samples) * work.beams
 
 
 def saved_by_layer(shapes: Shapes, trained: Trained, flow: Flow, work: Work, length: int) -> int:
@@ -220,7 +213,7 @@ def _layer_backward(shapes: Shapes, trained: Trained, work: Work, tokens: int) -
 
 def _decoding_work(shapes: Shapes, work: Work) -> int:
     """The prompt's forward pass at its widest, or the logits of a step with their float32 copy."""
-    size, sequences = DTYPE_BYTES[work.dtype], decoded_at_once(work)
+    size, sequences = DTYPE_BYTES[work.dtype], max(task.at_once for task in work.scored)
     layer = sequences * work.eval_prompt * (2 * shapes.hidden + 3 * shapes.intermediate) * size
     layer += largest_dense_bytes(shapes, work)
     logits = sequences * shapes.vocab * (size + 2 * FLOAT32)

@@ -10,8 +10,8 @@ from diablo_theory import methods
 from diablo_theory.errors import ConfigError, DataUnavailableError
 from diablo_theory.finetune.config import RunConfig
 from diablo_theory.finetune.planning.datasets import DATASETS
-from diablo_theory.finetune.planning.work import Sharding, Work
-from diablo_theory.finetune.tasks import TASKS, Decoding, Example, Split, Wanted
+from diablo_theory.finetune.planning.work import Scored, Sharding, Work
+from diablo_theory.finetune.tasks import TASKS, Example, Split, Wanted
 
 #: Where no tokenizer is asked: English text has about so many characters a token.
 CHARACTERS = 4
@@ -32,7 +32,6 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
             method.
     """
     methods.check_options(config.method, alpha=config.alpha, dropout=config.dropout)
-    decodings = [TASKS[name].decoding[config.protocol] for name in config.evaluate_on]
     return Work(
         model=config.model,
         method=config.method,
@@ -52,18 +51,21 @@ def work_of(config: RunConfig, devices: int = 1, sharding: Sharding = "ddp") -> 
         quantise=config.quantise,
         devices=devices,
         sharding=sharding,
-        eval_items=sum(_items(config, name) for name in config.evaluate_on),
-        new_tokens=max(decoding.max_new_tokens for decoding in decodings),
-        beams=max(decoding.beams for decoding in decodings),
-        samples=max(decoding.samples for decoding in decodings),
-        eval_batch_size=max(_at_once(config, decoding) for decoding in decodings),
+        scored=tuple(_scored(config, name) for name in config.evaluate_on),
         **_sizes(config),
     )
 
 
-def _at_once(config: RunConfig, decoding: Decoding) -> int:
-    """Sequences that are decoded together: samples are drawn a problem at a time."""
-    return decoding.samples if decoding.temperature > 0 else config.eval_batch_size
+def _scored(config: RunConfig, name: str) -> Scored:
+    """What a run decodes of a task; samples are drawn a problem at a time."""
+    decoding = TASKS[name].decoding[config.protocol]
+    return Scored(
+        items=_items(config, name),
+        new_tokens=decoding.max_new_tokens,
+        beams=decoding.beams,
+        samples=decoding.samples,
+        batch_size=decoding.samples if decoding.temperature > 0 else config.eval_batch_size,
+    )
 
 
 def _items(config: RunConfig, name: str) -> int:
@@ -83,6 +85,8 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
     count = config.train_limit if stated is None else min(stated, LOOKED_AT)
     read = [] if known and stated else _read(config, config.train_on, "train", count)
     sizes: dict[str, Any] = {"examples": stated or len(read)}
+    by_name = known is not None and stated == known.examples and "train" not in TASKS[config.train_on].sizes
+    sizes["examples_assumed"] = by_name
     if known is not None:
         lengths = _cut(known.prompt_tokens, known.answer_tokens, config.max_length)
         most = min(known.max_tokens, config.max_length)

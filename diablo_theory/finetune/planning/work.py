@@ -21,11 +21,39 @@ ROUNDING = 1e-6
 Logits = Literal["answers", "all"]
 Sharding = Literal["ddp", "fsdp"]
 
-_AT_LEAST_ONE = (
-    "num_blocks", "examples", "batch_size", "devices", "beams", "samples", "eval_batch_size",
-    "rank", "steps", "micro_batch", "max_tokens",
-)  # fmt: skip
-_NOT_NEGATIVE = ("eval_items", "new_tokens", "prompt_tokens", "answer_tokens", "eval_prompt_tokens")
+_AT_LEAST_ONE = ("num_blocks", "examples", "batch_size", "devices", "rank", "steps", "micro_batch", "max_tokens")
+_NOT_NEGATIVE = ("prompt_tokens", "answer_tokens", "eval_prompt_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Problems of a task that a run decodes.
+
+    Attributes:
+        items: How many.
+        new_tokens: Tokens decoded for each.
+        beams: Beams of a beam search.
+        samples: Samples of each problem.
+        batch_size: Sequences (problems times samples) decoded at once, before beams.
+
+    Raises:
+        ConfigError: If a value is not allowed; the message names it and what is.
+    """
+
+    items: int
+    new_tokens: int
+    beams: int = 1
+    samples: int = 1
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _require_at_least_one(self, "items", "beams", "samples", "batch_size")
+        _require_not_negative(self, "new_tokens")
+
+    @property
+    def at_once(self) -> int:
+        """Sequences in one forward pass of decoding, beams counted apart."""
+        return min(self.batch_size, self.items * self.samples) * self.beams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +67,7 @@ class Work:
         rank: The knob of a method other than DiaBlo; left out, the nearest to DiaBlo's budget.
         target_modules: The adapted matrices, as ``methods.target_layers`` takes them.
         examples: Training examples of one epoch.
+        examples_assumed: Their number is an assumption, which no published count and no file has confirmed.
         prompt_tokens: Mean tokens of a prompt, template included.
         answer_tokens: Mean tokens of an answer, end token included.
         padding: Positions that are computed over real tokens: batches are padded to their longest example.
@@ -58,12 +87,8 @@ class Work:
         quantise: How the base is quantised; None for not at all.
         devices: How many.
         sharding: ``ddp`` (each device holds everything) or ``fsdp`` (weights, gradients and states are divided).
-        eval_items: Problems to decode; 0 for none.
+        scored: What is decoded, task by task.
         eval_prompt_tokens: Mean tokens of their prompts, which are never cut; left out, ``prompt_tokens``.
-        new_tokens: Tokens decoded for each.
-        beams: Beams of a beam search.
-        samples: Samples of each problem.
-        eval_batch_size: Sequences (problems times samples) decoded at once, before beams.
 
     Raises:
         ConfigError: If a value is not allowed; the message names it and what is.
@@ -75,6 +100,7 @@ class Work:
     rank: int | None = None
     target_modules: tuple[str, ...] = PAPER_TARGETS
     examples: int
+    examples_assumed: bool = False
     prompt_tokens: float
     answer_tokens: float
     padding: float = 1.0
@@ -92,12 +118,8 @@ class Work:
     quantise: QuantiseConfig | None = None
     devices: int = 1
     sharding: Sharding = "ddp"
-    eval_items: int = 0
+    scored: tuple[Scored, ...] = ()
     eval_prompt_tokens: float | None = None
-    new_tokens: int = 0
-    beams: int = 1
-    samples: int = 1
-    eval_batch_size: int = 16
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -123,14 +145,8 @@ class Work:
             )
 
     def _check_numbers(self) -> None:
-        for name in _AT_LEAST_ONE:
-            if (value := getattr(self, name)) is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in _NOT_NEGATIVE:
-            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"{name} must be at least 0, got {value!r}")
+        _require_at_least_one(self, *_AT_LEAST_ONE)
+        _require_not_negative(self, *_NOT_NEGATIVE)
         for name, low in {"padding": 1.0, "dropout": 0.0}.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least {low:g}, got {getattr(self, name)!r}")
@@ -192,6 +208,11 @@ class Work:
         return min(self.longest, math.ceil(self.kept * self.longest / self.length))
 
     @property
+    def eval_items(self) -> int:
+        """Problems to decode, of all tasks."""
+        return sum(task.items for task in self.scored)
+
+    @property
     def eval_prompt(self) -> float:
         """Mean positions computed for a prompt that is decoded, padding included."""
         tokens = self.prompt_tokens if self.eval_prompt_tokens is None else self.eval_prompt_tokens
@@ -201,3 +222,17 @@ class Work:
     def padded(self) -> bool:
         """A micro batch needs a mask."""
         return self.micro > 1 and self.padding > 1
+
+
+def _require_at_least_one(numbers: Scored | Work, *names: str) -> None:
+    for name in names:
+        if (value := getattr(numbers, name)) is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _require_not_negative(numbers: Scored | Work, *names: str) -> None:
+    for name in names:
+        if (value := getattr(numbers, name)) is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be at least 0, got {value!r}")

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 Split = Literal["train", "validation", "test"]
 #: ``paper``: as the authors' code, or the code that a quoted number comes from, does it, quirks included.
-#: ``clean``: the same prompt in training and evaluation, every item scored.
+#: ``clean``: the same prompt in training and evaluation, every item trained on and scored.
 #: ``llm_adapters``: as LLM-Adapters and DoRA do it, whose numbers for commonsense are quoted beside the paper's own.
 Protocol = Literal["clean", "paper", "llm_adapters"]
 

@@ -1,4 +1,8 @@
-"""Instructions and answers to learn from, without a benchmark of their own: CodeAlpaca and SaferPaca."""
+"""Instructions and answers to learn from, without a benchmark of their own: CodeAlpaca and SaferPaca.
+
+DEVIATION(lori-precision): LoRI's authors, whose training the run files have, hold the weights in float32, train in
+FSDP's mixed bfloat16 and decode HumanEval in float32; the run files hold frozen weights in bfloat16 throughout.
+"""
 
 from __future__ import annotations
 

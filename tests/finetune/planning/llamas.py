@@ -12,7 +12,7 @@ from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.finetune.planning.memory import memory
 from diablo_theory.finetune.planning.shapes import model_shapes
 from diablo_theory.finetune.planning.trainable import trained
-from diablo_theory.finetune.planning.work import Work
+from diablo_theory.finetune.planning.work import Scored, Work
 from diablo_theory.quantise import quantise
 
 TINY = {
@@ -38,7 +38,7 @@ def work_on(dataset, model, **changes):
     """A run on known data; a thousand problems of a hundred tokens are decoded unless said otherwise."""
     sizes = ("examples", "prompt_tokens", "answer_tokens", "padding", "max_tokens")
     known = {name: getattr(DATASETS[dataset], name) for name in sizes}
-    return Work(**{**known, "model": model, "eval_items": 1000, "new_tokens": 100, **changes})
+    return Work(**{**known, "model": model, "scored": (Scored(items=1000, new_tokens=100),), **changes})
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from diablo_theory.errors import ConfigError
 from diablo_theory.finetune.planning.devices import DEVICES, device, measured_cpu
 from diablo_theory.finetune.planning.generation import decoding, decoding_seconds
 from diablo_theory.finetune.planning.shapes import model_shapes
-from diablo_theory.finetune.planning.work import Work
+from diablo_theory.finetune.planning.work import Scored, Work
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -73,7 +73,7 @@ def work(**fields):
 
 def test_one_sequence_is_bound_by_reading_the_weights():
     shapes = model_shapes("LLaMA2-7B")
-    asked = work(eval_items=1, new_tokens=50, eval_batch_size=1)
+    asked = work(scored=(Scored(items=1, new_tokens=50, batch_size=1),))
     found = decoding(shapes, asked)
     low, high = decoding_seconds(found, ideal(), "bfloat16")
     weights = 2 * (shapes.parameters - shapes.embedding)
@@ -82,7 +82,7 @@ def test_one_sequence_is_bound_by_reading_the_weights():
 
 
 def test_a_large_batch_is_bound_by_arithmetic():
-    found = decoding(model_shapes("LLaMA2-7B"), work(eval_items=4096, new_tokens=50, eval_batch_size=4096))
+    found = decoding(model_shapes("LLaMA2-7B"), work(scored=(Scored(items=4096, new_tokens=50, batch_size=4096),)))
     fast = ideal(bandwidth_bytes_per_second=math.inf)
     low, _ = decoding_seconds(found, fast, "bfloat16")
     assert low == pytest.approx((found.prompt_flops + found.token_flops) / 312e12)
@@ -91,13 +91,24 @@ def test_a_large_batch_is_bound_by_arithmetic():
 
 def test_beams_samples_and_batches_multiply():
     shapes = model_shapes("SmolLM2-135M")
-    one = decoding(shapes, work(eval_items=32, new_tokens=10))
-    beams = decoding(shapes, work(eval_items=32, new_tokens=10, beams=4))
-    samples = decoding(shapes, work(eval_items=32, new_tokens=10, samples=4))
+    one, beams, samples = (
+        decoding(shapes, work(scored=(Scored(items=32, new_tokens=10, **changes),)))
+        for changes in ({}, {"beams": 4}, {"samples": 4})
+    )
     assert (one.batches, beams.batches, samples.batches) == (2, 2, 8)
     assert beams.token_flops == samples.token_flops == 4 * one.token_flops
     assert samples.read_bytes == 4 * one.read_bytes
     assert one.read_bytes < beams.read_bytes < samples.read_bytes
+
+
+def test_every_task_stops_at_its_own_length():
+    shapes = model_shapes("SmolLM2-135M")
+    short, long = Scored(items=1319, new_tokens=256, beams=4), Scored(items=5000, new_tokens=512, batch_size=8)
+    each = [decoding(shapes, work(scored=(task,))) for task in (short, long)]
+    both = decoding(shapes, work(scored=(short, long)))
+    for name in ("batches", "prompt_flops", "token_flops", "read_bytes"):
+        assert getattr(both, name) == sum(getattr(task, name) for task in each)
+    assert decoding(shapes, work()).batches == 0
 
 
 def test_nothing_to_decode_takes_no_time():

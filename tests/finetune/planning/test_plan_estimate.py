@@ -7,11 +7,13 @@ from llamas import TINY, Case, work_on
 from diablo_theory.errors import ConfigError
 from diablo_theory.finetune.planning import DEVICES, duration, header, plan
 from diablo_theory.finetune.planning.devices import measured_cpu
+from diablo_theory.finetune.planning.work import Scored
 
 
 @pytest.fixture(scope="module")
 def commonsense():
-    work = work_on("commonsense_170k", "LLaMA3-8B", epochs=3, micro_batch=4, drop_last=True, eval_items=22_419)
+    scored = (Scored(items=22_419, new_tokens=100),)
+    work = work_on("commonsense_170k", "LLaMA3-8B", epochs=3, micro_batch=4, drop_last=True, scored=scored)
     return plan(work, "A100-80GB")
 
 
@@ -59,7 +61,7 @@ def test_rows_that_say_nothing_are_left_out():
     assert "one step" not in none
     assert "training time" not in none
     assert "evaluation time" in none
-    training = plan(work_on("gsm8k", "LLaMA2-7B", eval_items=0), "L40").table()["quantity"].tolist()
+    training = plan(work_on("gsm8k", "LLaMA2-7B", scored=()), "L40").table()["quantity"].tolist()
     assert "evaluation time" not in training
     assert "trainable, as quoted" not in training
     assert "computed again" not in training
@@ -86,8 +88,25 @@ def test_the_header_of_a_run_file(commonsense):
 
 
 def test_the_header_without_training_or_decoding():
-    text = header(plan(work_on("gsm8k", "LLaMA2-7B", method="none", eval_items=0), "L40"))
+    text = header(plan(work_on("gsm8k", "LLaMA2-7B", method="none", scored=()), "L40"))
     assert "no training; nothing to decode" in text
+
+
+def test_the_header_names_hardware_that_fits():
+    alone = plan(work_on("gsm8k", "LLaMA2-7B", method="full", micro_batch=4), "L40")
+    assert alone.fits == "no"
+    two, four = (plan(dataclasses.replace(alone.work, devices=devices, sharding="fsdp"), "L40") for devices in (2, 4))
+    assert (two.fits, four.fits) == ("no", "yes")
+    _, _, hardware, time, _ = header(alone).splitlines()
+    needed = f"needs {four.peak_gib:.1f} of the 44.7 GiB of each (fits: yes); weights in bfloat16, FSDP"
+    assert hardware == f"# Hardware: 4 x L40; {needed}; 1 x L40 would need {alone.peak_gib:.1f} (fits: no)"
+    assert f"training {duration(four.train_seconds_low, four.train_seconds_high)} at" in time
+
+
+def test_where_no_number_of_devices_fits_the_header_says_so():
+    alone = plan(work_on("gsm8k", "LLaMA-13B", method="full", batch_size=2), "RTX 4090")
+    assert "# Hardware: 1 x RTX-4090; " in header(alone)
+    assert "(fits: no); weights in bfloat16\n" in header(alone)
 
 
 def test_sharding_is_said():

@@ -9,7 +9,7 @@ from diablo_theory.bench.measuring import peak_bytes
 from diablo_theory.finetune.planning.memory import memory
 from diablo_theory.finetune.planning.shapes import MATRICES, model_shapes
 from diablo_theory.finetune.planning.trainable import trained
-from diablo_theory.finetune.planning.work import Work
+from diablo_theory.finetune.planning.work import Scored, Work
 
 #: How far a planned peak may be from the measured one.
 NEAR = 0.15
@@ -93,9 +93,8 @@ def test_dropout_keeps_a_masked_input_for_each_target(tmp_path):
 
 
 def test_the_cache_of_keys_and_values(tmp_path):
-    case = Case.make(
-        tmp_path, TINY, num_blocks=4, eval_items=3, eval_prompt_tokens=8, new_tokens=0, beams=2, eval_batch_size=2
-    )
+    scored = (Scored(items=3, new_tokens=0, beams=2, batch_size=2), Scored(items=1, new_tokens=0))
+    case = Case.make(tmp_path, TINY, num_blocks=4, scored=scored, eval_prompt_tokens=8)
     cache = DynamicCache(config=case.network.base_model.model.config)
     case.network(input_ids=torch.zeros(4, 8, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -148,6 +147,6 @@ def test_updating_all_tensors_at_once_takes_a_copy():
 
 
 def test_an_untouched_model_trains_nothing():
-    found = large(method="none", eval_items=10, new_tokens=16)
+    found = large(method="none", scored=(Scored(items=10, new_tokens=16),))
     assert (found.step_bytes, found.optimizer_bytes, found.gradients_bytes) == (0, 0, 0)
     assert found.peak_bytes == found.weights_bytes + found.decoding_bytes

@@ -10,10 +10,11 @@ from diablo_theory.errors import ConfigError
 from diablo_theory.files import experiments_folder
 from diablo_theory.finetune.config import load_run, resolve
 from diablo_theory.finetune.data import encode, length, number_of_steps
-from diablo_theory.finetune.planning import of_run, work_of
+from diablo_theory.finetune.planning import header, of_run, plan, work_of
 from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.finetune.planning.generation import decoding
 from diablo_theory.finetune.planning.shapes import model_shapes
+from diablo_theory.finetune.planning.work import Scored
 from diablo_theory.finetune.setup import training_data
 from diablo_theory.finetune.tasks import TASKS, Example, Wanted
 
@@ -83,9 +84,8 @@ def test_the_steps_of_the_known_files():
     assert work_of(FULL["commonsense/llama2-7b_diablo-n64.yaml"]).total_steps == 31_953
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("protocol", "drop_last"), [("clean", False), ("paper", False), ("paper", True)])
 @pytest.mark.parametrize("epochs", [1, 1.5, 3])
-@pytest.mark.parametrize("protocol", ["clean", "paper"])
 def test_the_run_takes_as_many_steps_as_planned(protocol, epochs, drop_last, arc, tokenizer):
     config = resolve(arc | {"steps": None, "epochs": epochs, "protocol": protocol, "drop_last": drop_last})
     examples = TASKS["arc_easy"].examples(Wanted("train", protocol=protocol, data_root=arc["data_root"]))
@@ -123,9 +123,17 @@ def test_sets_without_an_end_score_what_is_asked_for():
 
 def test_samples_are_drawn_a_problem_at_a_time():
     planned = work(train_on="code_alpaca", evaluate_on=["humaneval"], eval_batch_size=8)
-    assert (planned.samples, planned.eval_batch_size, planned.new_tokens) == (20, 20, 512)
+    assert planned.scored == (Scored(items=164, new_tokens=512, samples=20, batch_size=20),)
     assert decoding(model_shapes("SmolLM2-135M"), planned).batches == 164
-    assert work(train_on="gsm8k", evaluate_on=["gsm8k"], eval_batch_size=8).eval_batch_size == 8
+    assert work(train_on="gsm8k", evaluate_on=["gsm8k"], eval_batch_size=8).scored[0].batch_size == 8
+
+
+def test_each_task_is_decoded_to_its_own_length():
+    config = FULL["arithmetic/llama2-7b_lora.yaml"]
+    assert work_of(config).scored == (
+        Scored(items=1319, new_tokens=256, beams=4, batch_size=32),
+        Scored(items=5000, new_tokens=512, beams=4, batch_size=32),
+    )
 
 
 def test_examples_are_those_that_the_run_reads():
@@ -135,6 +143,14 @@ def test_examples_are_those_that_the_run_reads():
     assert [examples(), examples(protocol="clean")] == [7473, 6686]
     assert [examples(train_items=500), examples(steps=10, epochs=None)] == [500, 160]
     assert examples(steps=10_000, epochs=None, train_items=7000) == 7000
+
+
+def test_a_number_of_examples_that_nobody_has_published_is_marked():
+    for name in DATASETS:
+        planned = work(train_on=name, evaluate_on=["gsm8k"])
+        assert planned.examples_assumed is (name in ("math_10k", "saferpaca")), name
+        assert ("examples (assumed) of" in header(plan(planned, "L40"))) is planned.examples_assumed
+    assert not work(train_on="math_10k", evaluate_on=["gsm8k"], train_items=500).examples_assumed
 
 
 def test_the_clean_part_of_a_large_set_is_counted_and_not_guessed(tmp_path):

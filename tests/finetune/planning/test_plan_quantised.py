@@ -12,6 +12,7 @@ from diablo_theory.finetune.planning.memory import memory
 from diablo_theory.finetune.planning.quantised import stored_bytes
 from diablo_theory.finetune.planning.shapes import model_shapes
 from diablo_theory.finetune.planning.trainable import trained
+from diablo_theory.finetune.planning.work import Scored
 from diablo_theory.quantise import QuantiseConfig
 
 INT4 = QuantiseConfig(method="torchao-int4", bits=4, group_size=16)
@@ -24,7 +25,7 @@ GROUPS = ENTRIES // 16
 
 
 def small(quantise, **changes):
-    fields = {"quantise": quantise, "micro_batch": 4, "eval_items": 4, "new_tokens": 8} | changes
+    fields = {"quantise": quantise, "micro_batch": 4, "scored": (Scored(items=4, new_tokens=8),)} | changes
     return work_on("math_10k", "SmolLM2-135M", **fields)
 
 
@@ -73,7 +74,7 @@ def test_training_keeps_the_dense_copies_that_gradients_go_through():
 
 
 def test_decoding_moves_integers_and_copies():
-    shapes, answers = model_shapes("SmolLM2-135M"), {"method": "none", "new_tokens": 7, "eval_items": 16}
+    shapes, answers = model_shapes("SmolLM2-135M"), {"method": "none", "scored": (Scored(items=16, new_tokens=7),)}
     integers, floats = small(INT8, **answers), small(None, **answers)
     more = decoding(shapes, integers).read_bytes - decoding(shapes, floats).read_bytes
     assert more == pytest.approx(7 * 30 * (stored_bytes(shapes, integers) + 2 * ENTRIES))

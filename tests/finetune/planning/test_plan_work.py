@@ -7,7 +7,7 @@ from llamas import work_on
 
 from diablo_theory.errors import ConfigError
 from diablo_theory.finetune.planning.datasets import DATASETS
-from diablo_theory.finetune.planning.work import Work
+from diablo_theory.finetune.planning.work import Scored, Work
 
 PLAIN = {"model": "SmolLM2-135M", "examples": 100, "prompt_tokens": 50.0, "answer_tokens": 10.0}
 
@@ -18,7 +18,7 @@ PLAIN = {"model": "SmolLM2-135M", "examples": 100, "prompt_tokens": 50.0, "answe
         ({"examples": 0}, "examples must be an integer of at least 1, got 0"),
         ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
         ({"rank": True}, "rank must be an integer of at least 1, got True"),
-        ({"new_tokens": -1}, "new_tokens must be at least 0, got -1"),
+        ({"eval_prompt_tokens": -1}, "eval_prompt_tokens must be at least 0, got -1"),
         ({"prompt_tokens": float("nan")}, "prompt_tokens must be at least 0, got nan"),
         ({"padding": 0.9}, "padding must be at least 1, got 0.9"),
         ({"epochs": 0}, "epochs must be above 0, got 0"),
@@ -38,6 +38,19 @@ PLAIN = {"model": "SmolLM2-135M", "examples": 100, "prompt_tokens": 50.0, "answe
 def test_wrong_values_say_what_is_allowed(change, message):
     with pytest.raises(ConfigError, match=message):
         Work(**{**PLAIN, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"items": 0}, "items must be an integer of at least 1, got 0"),
+        ({"samples": 1.5}, "samples must be an integer of at least 1, got 1.5"),
+        ({"new_tokens": -1}, "new_tokens must be at least 0, got -1"),
+    ],
+)
+def test_wrong_numbers_of_a_task_say_what_is_allowed(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Scored(**{"items": 1, "new_tokens": 8, **change})
 
 
 @given(
