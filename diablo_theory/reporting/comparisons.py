@@ -131,6 +131,26 @@ def _interval(found: Estimate) -> dict[str, Any]:
     return {name: getattr(found, name) for name in ("value", "low", "high", "n", "seeds")}
 
 
+def costs(suites: Suites) -> pd.DataFrame:
+    """What training cost in the suite that measures it.
+
+    Returns:
+        A row an experiment of the suite ``efficiency`` that finished, by its number: seconds_per_step, the mean over
+        seeds; peak_memory_mib, the largest (NaN on a CPU, where none is measured); minutes_per_epoch, of as many steps
+        as the published number of training examples takes.
+    """
+    # Only here: reading what a report needs otherwise takes no tasks.
+    from diablo_theory.finetune.planning.datasets import DATASETS
+
+    runs = experiments(suites).merge(suites.configs, on="run_id")
+    runs = runs[(runs["suite"] == "efficiency") & (runs["state"] == "finished")]
+    steps = [DATASETS[task].examples / size for task, size in zip(runs["train_on"], runs["batch_size"], strict=True)]
+    runs = runs.assign(seconds_per_step=runs["train_seconds"] / runs["steps_done"], steps=steps)
+    runs = runs.assign(minutes_per_epoch=runs["seconds_per_step"] * runs["steps"] / 60)
+    of_each = {"seconds_per_step": "mean", "peak_memory_mib": "max", "minutes_per_epoch": "mean"}
+    return runs.groupby("experiment").agg(of_each)
+
+
 def _base(quantise: object, dtype: str) -> str:
     """The base of a configuration in words, from the JSON of its key ``quantise``."""
     if not isinstance(quantise, str):

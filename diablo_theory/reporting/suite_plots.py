@@ -89,7 +89,9 @@ def _largest(section: pd.DataFrame) -> pd.DataFrame:
     """Of what a section holds, the model, scale and task that the most experiments have: a panel shows one."""
     groups = section.groupby(["model", "scale", "task"], sort=False)["task"].transform("size")
     first = section[groups == groups.max()].iloc[0]
-    same: pd.DataFrame = section[(section[["model", "scale", "task"]] == first[["model", "scale", "task"]]).all(axis=1)]
+    same: pd.DataFrame = section[
+        (section[["model", "scale", "task"]] == first[["model", "scale", "task"]]).all(axis=1)
+    ]
     return same
 
 

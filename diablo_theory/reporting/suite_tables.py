@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from diablo_theory.reporting.comparisons import differences, scores
+from diablo_theory.reporting.comparisons import costs, differences, scores
 from diablo_theory.reporting.published import AVERAGE
 from diablo_theory.reporting.suites import Suites
 from diablo_theory.reporting.tables import interval, markdown, task_name, whole
@@ -26,6 +26,12 @@ LESS = {
     "exact_match": ("Exact match minus DiaBlo's, points", 1),
     "pass@1": ("pass@1 minus DiaBlo's, points", 1),
     "safe": ("Safe minus DiaBlo's, points", 1),
+}
+#: What training cost, where a suite measures it: heading, digits.
+COSTS = {
+    "seconds_per_step": ("Seconds a step", 3),
+    "minutes_per_epoch": ("Minutes an epoch", 0),
+    "peak_memory_mib": ("Peak memory, MiB", 0),
     "loss_per_token": ("Loss minus DiaBlo's, nats/token", 4),
 }
 #: What every number of these tables is.
@@ -73,6 +79,8 @@ def build_sections(suites: Suites) -> dict[str, pd.DataFrame]:
         return {}
     less = differences(suites).drop(columns=["reference", "n", "seeds"])
     wide = _wide(scores(suites), "").join(_wide(less, "_less")).reset_index()
+    if (wide["suite"] == "efficiency").any():
+        wide = wide.join(costs(suites), on="experiment")
     own = wide["suite"] == wide["task"]
     found = {}
     for name, section in SECTIONS.items():
@@ -154,6 +162,9 @@ def readable_section(frame: pd.DataFrame) -> pd.DataFrame:
     for metric, (heading, digits) in LESS.items():
         if f"{metric}_less" in frame and frame[f"{metric}_less"].notna().any():
             table[heading] = _intervals(frame, f"{metric}_less", digits, sign=True)
+    for name, (heading, digits) in COSTS.items():
+        if name in frame and frame[name].notna().any():
+            table[heading] = [interval(value, None, None, digits) for value in frame[name]]
     table["Problems"] = frame["n"].map(str)
     table["Seeds"] = [
         f"{seeds} of {seeds + lost}, {'others' if seeds else 'all'} diverged" if lost else str(seeds)

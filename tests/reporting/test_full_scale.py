@@ -24,7 +24,15 @@ ROOT = Path(__file__).parents[2]
 PAPERS = ROOT / "paper_results"
 MADE = {"label": "", "state": "finished", "trainable_params": 1_000, "model_sha256": "ab", "train_data": "cd"}
 MADE |= {"conditions": "{}", "data": "{}", "train_seconds": 60.0, "device": "cuda", "cpu": "any", "commit": "abc"}
-MADE |= {"dirty": False, "date": "2030-01-01", "torch": "2", "peft": "0", "transformers": "5"}
+MADE |= {
+    "steps_done": 200,
+    "peak_memory_mib": 12_345.6,
+    "dirty": False,
+    "date": "2030-01-01",
+    "torch": "2",
+    "peft": "0",
+    "transformers": "5",
+}
 METRICS = {"humaneval": ("pass@1", "pass@5", "pass@10"), "hexphi": ("safe", "safe_response")}
 PROBLEMS = 200
 
@@ -164,6 +172,14 @@ def test_runs_land_beside_the_published_numbers():
     table = next(part.frame for title, part in shown.items() if title.startswith("Commonsense reasoning: repr"))
     assert table["Task"].tolist()[-2:] == ["Average"] * 2
     assert table.set_index(["Task", "Method"]).loc[("Average", "dora"), "Exact match, %"].startswith("50.0 (")
+    cost = next(part.frame for title, part in shown.items() if title.startswith("Efficiency: repr")).iloc[0]
+    # 200 steps of 16 in a minute; an epoch has 170,420 examples.
+    assert [cost[name] for name in ("Seconds a step", "Minutes an epoch", "Peak memory, MiB")] == [
+        "0.300",
+        "53",
+        "12346",
+    ]
+    assert "Seconds a step" not in table
     code = next(part.frame for title, part in shown.items() if title.startswith("Code: repr"))
     assert {"pass@1, %", "pass@5, %", "pass@10, %"} <= set(code)
 
