@@ -87,11 +87,10 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
 
 def _largest(section: pd.DataFrame) -> pd.DataFrame:
     """Of what a section holds, the model, scale and task that the most experiments have: a panel shows one."""
-    groups = section.groupby(["model", "scale", "task"], sort=False)["task"].transform("size")
-    first = section[groups == groups.max()].iloc[0]
-    same: pd.DataFrame = section[
-        (section[["model", "scale", "task"]] == first[["model", "scale", "task"]]).all(axis=1)
-    ]
+    keys = ["model", "scale", "task"]
+    sizes = section.groupby(keys, sort=False)["task"].transform("size")
+    first = section.loc[sizes == sizes.max(), keys].iloc[0]
+    same: pd.DataFrame = section[(section[keys] == first).all(axis=1)]
     return same
 
 

@@ -12,13 +12,14 @@ from diablo_theory.reporting.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
-#: A window of any width, which Chromium's own are not, and in the title what a person would see in it: widths, pictures
-#: that did not load, and letters smaller than anybody reads.
+#: A window of any width, which Chromium's own are not, and in the title what a person would see in it: widths,
+#: pictures that did not load, and the size of the smallest letters.
 WINDOW = """<title></title><iframe width="{width}" height="900" style="border: 0" srcdoc="{page}"></iframe>
 <script>window.onload = () => {{
   const page = document.querySelector("iframe").contentDocument, images = [...page.images];
   const broken = images.filter(i => !i.naturalWidth).length;
-  const sizes = [...page.querySelectorAll("p, td, th, li, summary")].map(e => parseFloat(getComputedStyle(e).fontSize));
+  const words = [...page.querySelectorAll("p, td, th, li, summary")];
+  const sizes = words.map(e => parseFloat(getComputedStyle(e).fontSize));
   const screen = page.defaultView.innerWidth, wide = page.documentElement.scrollWidth;
   document.title = [wide, screen, images.length, broken, Math.min(...sizes)].join(" ");
 }}</script>"""
