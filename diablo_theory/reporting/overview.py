@@ -14,6 +14,7 @@ import pandas as pd
 from diablo_theory.files import read_json
 from diablo_theory.reporting.claims import FILE, Decided, decide, read_claims
 from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.findings import Finding
 from diablo_theory.reporting.parameters import readable_counts
 from diablo_theory.reporting.parts import Part, Shown, made, measured_parts
 from diablo_theory.reporting.published import (
@@ -25,7 +26,7 @@ from diablo_theory.reporting.published import (
 )
 from diablo_theory.reporting.questions import Outcome
 from diablo_theory.reporting.questions.runs import tables_of
-from diablo_theory.reporting.suite_tables import NOTE, readable_section, title
+from diablo_theory.reporting.suite_tables import NOTE, readable_section, summary, title
 from diablo_theory.reporting.tables import task_name
 
 #: Suites of the paper: heading, published suites, sections of collected runs that belong beside them.
@@ -68,13 +69,22 @@ def grouped_claims(decided: list[Decided]) -> list[tuple[str, list[Decided]]]:
     return [(name, group) for name, group in groups if group]
 
 
-def counted(decided: list[Decided]) -> str:
-    """How many of the paper's claims came out how, in a sentence."""
-    own = [found.outcome for found in decided if found.claim.by == "paper"]
+def counted(decided: list[Decided], by: str = "paper") -> str:
+    """How many of the paper's claims, or of this project's own, came out how, in a sentence."""
+    own = [found.outcome for found in decided if found.claim.by == by]
     told = [
         f"{own.count(outcome)} {words[own.count(outcome) != 1]}" for outcome, words in _VERBS.items() if outcome in own
     ]
-    return f"Of {len(own)} claims of the paper {', '.join(told)}."
+    whose = {"paper": "of the paper", "ours": "of this project's own"}[by]
+    return f"Of {len(own)} claims {whose} {', '.join(told)}."
+
+
+def summarised(evidence: Evidence, decided: list[Decided]) -> list[Finding]:
+    """What stands first in the report: how many claims came out how, and what was run."""
+    whose = [by for by in CLAIMS_BY.values() if any(found.claim.by == by for found in decided)]
+    found = [Finding("Claims", counted(decided, by)) for by in whose]
+    suites = made(evidence, "suites")
+    return found + ([] if suites is None else [Finding("Suites", f"Collected: {summary(suites)}")])
 
 
 _VERBS = {

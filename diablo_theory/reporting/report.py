@@ -21,7 +21,7 @@ from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.figures import ENTRIES
 from diablo_theory.reporting.figures import plans as plans_of_papers
 from diablo_theory.reporting.findings import Finding, findings
-from diablo_theory.reporting.overview import CLAIMS_TEXT, counted, decided_claims, grouped_claims, overview
+from diablo_theory.reporting.overview import CLAIMS_TEXT, decided_claims, grouped_claims, overview, summarised
 from diablo_theory.reporting.parts import Part
 from diablo_theory.reporting.plans import save_plans
 from diablo_theory.reporting.plots import plans, scale_note
@@ -94,8 +94,9 @@ def write_report(results: Path, papers: Path | None = None, today: date | None =
     written, skipped = save_plans(plans(data, tables) | others, data.path / "figures")
     claims = {"claims": grouped_claims(decided), "claims_text": CLAIMS_TEXT}
     context = _context(data, tables, skipped) | {"parts": parts} | claims
+    if evidence is not None:
+        context["findings"] = [*_by_topic(summarised(evidence, decided)), *context["findings"]]
     if decided:
-        context["findings"] = [("Claims", [Finding("Claims", counted(decided))]), *context["findings"]]
         write_all(readable_claims(decided), data.path / "tables", "claims")
     for name, frame in named_tables(parts):
         write_all(frame, data.path / "tables", name)

@@ -38,6 +38,7 @@ def test_the_page_has_the_claims_first_and_every_part(page, parts, saved):
     html = page.read_text()
     headings = list(map(unescape, re.findall(r"<h2>(.*?)</h2>", html)))
     assert headings[:3] == ["Summary", "Claims", "Theory"]
+    assert re.search(r"Collected: \d+ runs at small scale", html)
     assert html.count('<article class="claim"') == len(decided_claims(saved))
     assert {part.heading for part in parts.values()} <= set(headings)
     assert headings[-2:] == ["What was run where", "Rerun"]
@@ -82,6 +83,8 @@ def test_the_summary_counts_claims(saved):
     numbers = [int(number) for number in re.findall(r"\b(\d+) ", text)]
     assert numbers[0] == sum(numbers[1:]) == sum(found.claim.by == "paper" for found in decided)
     assert "1 does not hold here" in text or "do not hold here" in text
+    own = [found for found in decided if found.claim.by == "ours"]
+    assert counted(decided, "ours").startswith(f"Of {len(own)} claims of this project's own ")
 
 
 def test_published_numbers_say_where_they_stand_and_how_sure_they_are(parts, saved):
