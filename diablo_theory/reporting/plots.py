@@ -105,7 +105,11 @@ def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Fi
         if right.get_legend_handles_labels()[1]:
             right.legend(handlelength=3.2)
     _legend(figure, panels)
-    foot(figure, f"Means over {_seeds(runs['seed'].nunique())}; bold losses: running means over a twentieth.", note)
+    foot(
+        figure,
+        f"Means over {_seeds(runs['seed'].nunique())}; bold losses: running means over a twentieth of the steps.",
+        note,
+    )
     return figure
 
 

@@ -124,7 +124,7 @@ def _losses(axes: Axes, table: pd.DataFrame, look: Mapping[str, Look]) -> None:
     near = table[table["loss_per_token"] <= FAR * table["loss_per_token"].min()]
     low, high = near["loss_per_token_low"].min(), near["loss_per_token_high"].max()
     axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     end = axes.get_xlim()[1]
     for place, loss in enumerate(table["loss_per_token"]):
         if loss > end:
