@@ -153,7 +153,7 @@ def diagnose(
     from diablo_theory.finetune.tasks import TASKS, Wanted
     from diablo_theory.progress import Board
     from diablo_theory.provenance import provenance
-    from diablo_theory.reporting.captures import capture_figure, layer_table
+    from diablo_theory.reporting.captures import capture_figure, layer_table, measured_at
     from diablo_theory.reporting.style import save
     from diablo_theory.theory.recording import linear_layers
     from diablo_theory.theory.statistics import load_statistics, require_rtol, save_statistics
@@ -193,9 +193,10 @@ def diagnose(
         write_with(out / "captures.csv", lambda path: found.to_csv(path, index=False))
         diagnosed = {"blocks": blocks, "rtol": rtol, "statistics": statistics and str(statistics)}
         write_json(out / "diagnose.json", diagnosed | provenance(next(iter(sums.values())).sums.device))
+        about = measured_at(table, model if statistics is None else "a real model")
         recorded = [out / name for name in ("statistics.safetensors", "statistics.json")] if statistics is None else []
         files = [*recorded, out / "layers.csv", out / "captures.csv", out / "diagnose.json"]
-        wrote([*files, *save(capture_figure(found), out, "captures")])
+        wrote([*files, *save(capture_figure(found, about), out, "captures")])
 
 
 def _require_blocks(layers: Mapping[str, Any], blocks: int) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import foot, own_bars, published_bars
+from diablo_theory.reporting.drawing import base_names, foot, own_bars, published_bars, size
 from diablo_theory.reporting.published_bars import averages, origins
 from diablo_theory.reporting.style import WIDTH, styled
 from diablo_theory.reporting.tables import task_name
@@ -76,8 +76,10 @@ def _here(section: pd.DataFrame | None) -> str:
     if section is None:
         return ""
     models, scales = (" and ".join(dict.fromkeys(section[name])) for name in ("model", "scale"))
-    where = f"run here on {models}, {scales} scale, with 95% intervals"
-    return f"Filled, on a tinted ground: {where}; not comparable in height."
+    where = f"run here on {models}, {scales} scale, {size(section)}, with 95% intervals"
+    shared = base_names(section["base"].tolist())[1]
+    bases = f" Quantised there: {shared}." if shared else ""
+    return f"Filled, on a tinted ground: {where}; not comparable in height.{bases}"
 
 
 def _own(axes: Axes, section: pd.DataFrame) -> None:
@@ -85,11 +87,12 @@ def _own(axes: Axes, section: pd.DataFrame) -> None:
     names = list(table["label"])
     tasks, bases = set(table["task"]), set(table["base"])
     if len(bases) > 1:
-        names = [f"{name}; {base}" for name, base in zip(names, table["base"], strict=True)]
+        kinds, _ = base_names(table["base"].tolist())
+        names = [f"{name}; {kind}" for name, kind in zip(names, kinds, strict=True)]
     if len(tasks) > 1:
         names = [f"{task_name(task)}: {name}" for name, task in zip(names, table["task"], strict=True)]
     own_bars(axes, table, "exact_match", table["method"], names, "{:.1f}")
     what = task_name(table["task"].iloc[0]) if len(tasks) == 1 else "All tasks"
     scales = ", ".join(dict.fromkeys(table["scale"]))
-    axes.set(title=f"{what}, {scales} scale: run here", xlabel="exact match, %", xlim=(0, 118))
+    axes.set(title=f"{what}, {scales} scale: run here", xlabel="exact match, %", xlim=(0, 100))
     axes.set_xticks(range(0, 101, 20))

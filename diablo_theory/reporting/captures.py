@@ -9,16 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, RC, WIDTH
+from diablo_theory.reporting.drawing import foot, here
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, RC, WIDTH, looks
 from diablo_theory.reporting.terminal import terminal_table
 
-# (method, start): legend, colour, marker, filled
+_LORA, _FROZEN = looks([("LoRA", "lora"), ("LoRA, frozen A", "lora")]).values()
+# (method, start): legend, colour, marker, filled, height within the row: of marks that lie close, none hides another
 _SHOWN = {
-    ("lora", "any"): ("LoRA, best of its rank", LORA_VERMILLION, "^", True),
-    ("lora", "usual"): ("LoRA, open at its usual start", LORA_VERMILLION, "^", False),
-    ("lora", "lora-ga"): ("LoRA, open at LoRA-GA's start", GREY, "x", True),
-    ("lora-frozen-a", "usual"): ("LoRA, frozen A", "#E69F00", "s", True),
-    ("diablo", "zero"): ("DiaBlo", DIABLO_BLUE, "o", True),
+    ("lora", "any"): ("LoRA, best of its rank", _LORA.color, _LORA.marker, True, 0.0),
+    ("lora", "usual"): ("LoRA, open at its usual start", _LORA.color, _LORA.marker, False, 0.0),
+    ("lora", "lora-ga"): ("LoRA, open at LoRA-GA's start", GREY, "x", True, 0.0),
+    ("lora-frozen-a", "usual"): ("LoRA, frozen A", _FROZEN.color, _FROZEN.marker, True, 0.22),
+    ("diablo", "zero"): ("DiaBlo", DIABLO_BLUE, "o", True, -0.22),
 }
 
 #: What the columns of a table of layers are.
@@ -29,22 +31,24 @@ LAYER_NOTE = (
 )
 
 
-def capture_figure(captures: pd.DataFrame) -> Figure:
+def capture_figure(captures: pd.DataFrame, about: str) -> Figure:
     """Captured shares by layer at equal parameters.
 
     Args:
         captures: Columns ``layer, num_blocks, method, start, capture``; one number of blocks.
+        about: From :func:`measured_at`.
     """
     layers = list(dict.fromkeys(captures["layer"]))
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(WIDTH, 1.3 + 0.2 * len(layers)))
+        figure = Figure(figsize=(WIDTH, 1.6 + 0.23 * len(layers)))
         axes = figure.subplots()
-        for (method, start), (label, color, marker, filled) in _SHOWN.items():
+        here(axes)
+        for (method, start), (label, color, marker, filled, height) in _SHOWN.items():
             part = captures[(captures["method"] == method) & (captures["start"] == start)]
-            place = part["layer"].map(layers.index).to_numpy(float)
+            place = part["layer"].map(layers.index).to_numpy(float) + height
             face = color if filled else "none"
             axes.plot(part["capture"], place, marker, color=color, markerfacecolor=face, label=label)
-        axes.set_yticks(np.arange(len(layers)), [short_name(name) for name in layers], fontsize=7)
+        axes.set_yticks(np.arange(len(layers)), [short_name(name) for name in layers])
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -52,7 +56,23 @@ def capture_figure(captures: pd.DataFrame) -> Figure:
             "captured of the output change that the loss asks for, relative to full fine-tuning of the layer"
         )
         figure.legend(loc="outside upper left", ncols=3)
+        foot(
+            figure,
+            about,
+            "All methods at DiaBlo's number of parameters. Marks of a row differ in height for room alone.",
+        )
         return figure
+
+
+def measured_at(layers: pd.DataFrame, model: str) -> str:
+    """What model, how many layers and tokens were measured here, in a sentence.
+
+    Args:
+        layers: Columns ``num_blocks, tokens``, a row a layer.
+        model: Its name.
+    """
+    tokens, count = int(layers["tokens"].max()), int(layers["num_blocks"].iloc[0])
+    return f"Measured here: {model}, {len(layers)} layers, {tokens:,} tokens, N = {count}."
 
 
 def short_name(layer: str) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.captures import short_name
-from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.captures import measured_at, short_name
+from diablo_theory.reporting.drawing import foot, here, plain_ticks
 from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, WIDTH, styled
 
@@ -38,16 +38,18 @@ def read_layers(file: Path, columns: Mapping[str, Kind] = COLUMNS) -> pd.DataFra
 
 
 @styled
-def certificates(layers: pd.DataFrame) -> Figure:
+def certificates(layers: pd.DataFrame, model: str) -> Figure:
     """Of each layer: amplification times the blocks' gradient, leak, and their sum, in units of the full gradient.
 
     Args:
         layers: Columns :data:`COLUMNS`, from :func:`read_layers`.
+        model: Its name.
     """
     shown = layers[layers["grad_full"] > 0].reset_index(drop=True)
     unit, place = shown["grad_full"], np.arange(len(shown))
     figure = Figure(figsize=(WIDTH, 1.7 + 0.2 * len(shown)))
     axes = figure.subplots()
+    here(axes)
     bound = shown["bound"] / unit
     axes.hlines(place, np.minimum(bound, 1), np.maximum(bound, 1), color=GREY, linewidth=0.8, zorder=1)
     terms = {
@@ -59,16 +61,16 @@ def certificates(layers: pd.DataFrame) -> Figure:
         axes.plot((values / unit)[seen], place[seen], marker, color=color, label=label)
     axes.plot(bound, place, "|", color="black", markersize=10, markeredgewidth=2, label="their sum, the bound")
     axes.axvline(1, color="black", linewidth=0.9, linestyle="--", label="the full gradient")
-    names = [short_name(name) + ("" if holds else " *") for name, holds in zip(
-        shown["layer"], shown["premise_holds"].astype(bool), strict=True)]  # fmt: skip
-    axes.set_yticks(place, names, fontsize=8)
+    holds = shown["premise_holds"].astype(bool)
+    told = holds.any() and not holds.all()  # a star on every row would tell nothing apart
+    stars = [" *" if told and not held else "" for held in holds]
+    axes.set_yticks(place, [short_name(name) + star for name, star in zip(shown["layer"], stars, strict=True)])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xscale("log")
     plain_ticks(axes.xaxis, (1.0,))
     axes.set_xlabel("in units of the layer's full gradient")
     figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
-    tokens, count = int(shown["tokens"].max()), int(shown["num_blocks"].iloc[0])
-    what = f"N = {count}, {tokens:,} tokens, {len(shown)} layers of one model."
-    star = "*: the premise (every X_i has the rank of X) fails, so that a leak remains."
-    foot(figure, "S3: the full gradient is at most the bound.", what, star)
+    where = "" if holds.all() else " at *" if told else " at every layer"
+    leak = f"The premise (every X_i has the rank of X) fails{where}, so that a leak remains." if where else ""
+    foot(figure, measured_at(shown, model), "S3: the full gradient is at most the bound.", leak)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ def read_descent(folder: Path) -> pd.DataFrame:
 def convergence(table: pd.DataFrame) -> Figure:
     """Excess loss over steps above, with what each method can reach; below, how the rest shrinks, and as predicted.
 
+    Steps are on logarithmic axes, since methods need tens of them or thousands.
+
     Args:
         table: Columns :data:`COLUMNS`.
     """
     premises = [name for name in _TITLES if name in set(table["premise"])]
     figure = Figure(figsize=(WIDTH, 5.2))
-    panels = figure.subplots(2, len(premises), squeeze=False, sharey="row")
+    panels = figure.subplots(2, len(premises), squeeze=False, sharex=True, sharey="row")
     pairs = [(method, "lora" if method.startswith("lora") else method) for method in _NAMES]
     look = looks(pairs)
     for (above, below), premise in zip(panels.T, premises, strict=True):
@@ -54,18 +57,20 @@ def convergence(table: pd.DataFrame) -> Figure:
         rank = int(same["rank"].iloc[0])
         above.set(title=f"{_TITLES[premise]}: rank of X is {rank}", xscale="log", ylim=(-0.03, 1.03))
         plain_ticks(above.xaxis, (1.0,))
-        below.set(xlabel="step of gradient descent", yscale="log", ylim=(_LEAST, 3), xlim=(0, _until(same)))
-        above.set_xlabel("step of gradient descent")
+        below.set(xlabel="step of gradient descent", yscale="log", ylim=(_LEAST, 3))
     panels[0, 0].set_ylabel("excess over the best loss,\nrelative to no update")
     panels[1, 0].set_ylabel("excess over what the\nmethod can reach")
     handles = [Line2D([], [], label=words, **_style(look[name])) for name, words in _NAMES.items()]
     handles.append(Line2D([], [], color="black", linewidth=0.9, label="predicted"))
     figure.legend(handles=handles, loc="outside upper left", ncols=5, handlelength=3)
+    weights, trained = int(table["parameters"].max()), int(table["parameters"].min())
+    side, blocks = math.isqrt(weights), weights // trained
     foot(
         figure,
-        "Computed here: random linear problems, 32 x 32, N = 4, so that an X_i has rank 8 at most; equal numbers of "
-        "parameters (but full); steps of 1/lambda_max of each method. Thin, black: predicted. Above, the least excess "
-        "by closed forms; below, beside each curve, the slope by the smallest curvature (LoRA's: where it ended).",
+        f"Computed here: random linear problems, {side} x {side}, N = {blocks}, so that an X_i has rank "
+        f"{side // blocks} at most; {trained} parameters each (full: {weights:,}); {int(table['iteration'].max()):,} "
+        "steps of 1/lambda_max of each method. Thin, black: predicted. Above, the least excess by closed forms; "
+        "below, beside each curve, the decay by the smallest curvature (LoRA's: where it ended).",
     )
     return figure
 
@@ -78,20 +83,13 @@ def _excess(axes: Axes, run: pd.DataFrame, look: Look) -> None:
 
 
 def _approach(axes: Axes, run: pd.DataFrame, look: Look) -> None:
-    """The distance that is left, and the predicted slope through a point of its tail."""
-    left = run[(run["left"] < _LEAST).cumsum() == 0]
+    """The distance that is left, and the predicted decay through the last point of its tail."""
+    left = run[((run["left"] < _LEAST).cumsum() == 0) & (run["iteration"] > 0)]
     _line(axes, left["iteration"], left["left"], look)
     last = left.iloc[-1]
-    steps = np.array([0.65 * last["iteration"], last["iteration"]])
+    steps = np.linspace(0.5 * last["iteration"], last["iteration"], 50)
     slope = last["left"] * run["factor"].iloc[0] ** (steps - last["iteration"])
     axes.plot(steps, slope * 1.8, color="black", linewidth=0.9)  # beside the curve, so that both are seen
-
-
-def _until(table: pd.DataFrame) -> float:
-    left = table[(table["left"] > _LEAST) & (table["method"] != "full")]
-    # What follows a first value below the least one is rounding.
-    ends = left.groupby("method")["iteration"].max()
-    return float(ends.max())
 
 
 def _line(axes: Axes, steps: pd.Series, values: pd.Series, look: Look) -> None:

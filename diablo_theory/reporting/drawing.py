@@ -14,13 +14,45 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, Look
+from diablo_theory.reporting.published import METHOD_NAMES
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LIGHT_BLUE, Look
 
 #: Behind a panel of what was run here at small scale; behind what was published there is nothing.
 HERE_TINT = "#EEF3F8"
 #: One entry a row of a panel.
 Row: TypeAlias = "Sequence[Any] | pd.Series[Any] | npt.NDArray[Any]"
-_LIGHTER = {DIABLO_BLUE: DIABLO_BLUE, GREY: "#8C8C8C"}
+_ACCENTS = {"diablo": DIABLO_BLUE, "einsum": LIGHT_BLUE}
+
+
+def base_names(bases: Sequence[str]) -> tuple[list[str], str]:
+    """How bases' weights are kept, quantisers by their names, and what all quantised ones share.
+
+    Args:
+        bases: Such as "float32", "4 bits, rtn", "4 bits, optq".
+
+    Returns:
+        A name for each, such as "rounding to nearest", and what they leave out, such as "4 bits"; nothing where the
+        quantised ones are all the same.
+    """
+    parts = [base.split(", ") for base in bases]
+    quantised = [own for own in parts if len(own) > 1]
+    differ = len(set(map(tuple, quantised))) > 1
+    shared = [part for part in quantised[0] if all(part in own for own in quantised)] if differ else []
+    names = [", ".join(METHOD_NAMES.get(part, part) for part in own if part not in shared) for own in parts]
+    return names, ", ".join(shared)
+
+
+def size(table: pd.DataFrame) -> str:
+    """How many problems and seeds the scores of methods that trained stand for.
+
+    Args:
+        table: Columns ``method, n, seeds``.
+    """
+    trained = table[table["method"] != "none"]
+    seeds = (table if trained.empty else trained)["seeds"]
+    low, high = int(seeds.min()), int(seeds.max())
+    many = f"{low} to {high}" if low < high else f"{high}"
+    return f"{int(table['n'].max())} problems, {many} {'seed' if high == 1 else 'seeds'}"
 
 
 def plain_ticks(axis: Axis, subs: tuple[float, ...]) -> None:
@@ -43,22 +75,33 @@ def line(axes: Axes, values: pd.Series, look: Look, label: str) -> None:
     )
 
 
+def here(*panels: Axes) -> None:
+    """Put panels of what was run or measured here on the ground that tells them from published numbers."""
+    for axes in panels:
+        axes.set_facecolor(HERE_TINT)
+
+
 def dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec: str) -> None:
-    """A row a line of the table: the value, its interval, and the value written beside it."""
+    """A row a line of the table: the value and its interval; in a column right of the panel, the value in figures."""
     for place, row in enumerate(table.to_dict("records")):
         style = look[row["label"]]
         ends = [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
         axes.errorbar(row[name], place, xerr=np.maximum(ends, 0), fmt=style.marker, color=style.color, capsize=3)
-        text = spec.format(row[name])
-        axes.annotate(text, (row[f"{name}_high"], place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(spec.format(row[name]), (1, place), (4, 0), va="center", fontsize=8, **beside)
     axes.set_yticks(range(len(table)), table["label"])
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
 
 
 def accents(methods: Row) -> list[str]:
-    """DiaBlo's colour for DiaBlo and grey for all others, where rows are named beside the bars."""
-    return [DIABLO_BLUE if method == "diablo" else GREY for method in methods]
+    """DiaBlo's colour for DiaBlo, a lighter one for its authors' layer, grey for all others: rows are named beside."""
+    return [_ACCENTS.get(method, GREY) for method in methods]
+
+
+def fills(methods: Row) -> list[str]:
+    """The accents of filled bars: a lighter grey, so that DiaBlo's stand out without colour too."""
+    return ["#8C8C8C" if color == GREY else color for color in accents(methods)]
 
 
 def published_bars(axes: Axes, values: Row, methods: Row, names: Row, spec: str) -> None:
@@ -83,8 +126,8 @@ def own_bars(axes: Axes, table: pd.DataFrame, name: str, methods: Row, names: Ro
     """
     values = table[name].to_numpy(float)
     low, high = (table.get(f"{name}{end}", table[name]).to_numpy(float) for end in ("_low", "_high"))
-    axes.set_facecolor(HERE_TINT)
-    axes.barh(range(len(values)), values, height=0.66, color=[_LIGHTER[color] for color in accents(methods)])
+    here(axes)
+    axes.barh(range(len(values)), values, height=0.66, color=fills(methods))
     ends = np.nan_to_num(np.maximum([values - low, high - values], 0))
     has = ends.max(axis=0) > 0
     places = np.arange(len(values))
@@ -105,5 +148,5 @@ def _rows(axes: Axes, values: Row, ends: Row, names: Row, spec: str) -> None:
 
 def foot(figure: Figure, *sentences: str) -> None:
     """What a reader must know of the numbers, below the panels; empty sentences are left out."""
-    text = textwrap.fill(" ".join(part for part in sentences if part), 126)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=GREY)
+    text = textwrap.fill(" ".join(part for part in sentences if part), 118)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)

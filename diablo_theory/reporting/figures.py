@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting import beside_published, plots, published_bars
-from diablo_theory.reporting.captures import capture_figure
+from diablo_theory.reporting.captures import capture_figure, measured_at
 from diablo_theory.reporting.certificates import certificates, read_layers
 from diablo_theory.reporting.convergence import convergence, read_descent
 from diablo_theory.reporting.evidence import Evidence
@@ -114,14 +114,17 @@ ENTRIES = {
         "Gradient descent on the linear problem, within the premise and beyond it, with predicted limits and rates.",
     ),
     "certificates": Entry(
-        lambda saved: certificates(read_layers(saved.papers / "diagnosis" / "layers.csv")),
+        lambda saved: certificates(read_layers(saved.papers / "diagnosis" / "layers.csv"), saved.layers_model),
         ("diagnosis/layers.csv",),
         _DIAGNOSE,
         "A real model's layers: what bounds the full gradient (S3), in its own units.",
     ),
     "captures": Entry(
-        lambda saved: capture_figure(read_layers(saved.papers / "diagnosis" / "captures.csv", _CAPTURES)),
-        ("diagnosis/captures.csv",),
+        lambda saved: capture_figure(
+            read_layers(saved.papers / "diagnosis" / "captures.csv", _CAPTURES),
+            measured_at(saved.layers, saved.layers_model),
+        ),
+        ("diagnosis/captures.csv", "diagnosis/layers.csv"),
         _DIAGNOSE,
         "A real model's layers: what each method could capture of the change that full fine-tuning asks for.",
     ),
@@ -198,8 +201,9 @@ def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:
 
 
 def _note(saved: Evidence) -> str:
-    """Which models were run here, at which scale."""
+    """Which models were run here, at which scale and on what."""
     configs = saved.suites.configs
-    models, scales = (" and ".join(dict.fromkeys(configs[name])) for name in ("model", "scale"))
+    models, scales, dtypes = (" and ".join(dict.fromkeys(configs[name])) for name in ("model", "scale", "dtype"))
+    machines = configs["device"].mask(configs["device"] == "cpu", configs["cpu"])
     warning = "; not comparable to the paper's 7B numbers" if "small" in set(configs["scale"]) else ""
-    return f"{scales.capitalize()} scale: {models}{warning}."
+    return f"{scales.capitalize()} scale: {models}, {dtypes}, on {' and '.join(dict.fromkeys(machines))}{warning}."

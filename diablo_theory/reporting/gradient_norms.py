@@ -6,21 +6,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.drawing import foot, here, plain_ticks
 from diablo_theory.reporting.plans import NothingToDrawError
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, WIDTH, styled
+from diablo_theory.reporting.style import WIDTH, Look, looks, styled
 from diablo_theory.reporting.suites import Suites
 from diablo_theory.reporting.tables import task_name
 
 _PREFIX = "grad_norm/"
-#: By place among a method's groups of parameters: colour, line, marker.
-_LOOKS = ((LORA_VERMILLION, "--", "^"), ("#000000", ":", "v"), (GREY, "-.", "s"), ("#CC79A7", "-", "D"))
-_ACROSS = 3
+#: By place among a method's groups of parameters but the first: line, marker.
+_OTHER_GROUPS: tuple[tuple[str, str], ...] = ((":", "v"), ("-", "D"), ("--", "X"))
 
 
 @styled
 def gradient_norms(suites: Suites, note: str) -> Figure:
-    """A panel for each method of the suite that has most of them, on common axes; LoRA's A and B apart.
+    """A row of panels for each method and a column for each task, on common axes; LoRA's A and B apart.
 
     Lines are means over seeds, bands go from the least to the largest seed.
 
@@ -36,26 +35,26 @@ def gradient_norms(suites: Suites, note: str) -> Figure:
         raise NothingToDrawError(
             "no finished run of a task's own suite has gradient norms: `diablo-theory collect` some that trained"
         )
-    task = str(curves.groupby("task", sort=False)["label"].nunique().idxmax())
-    shown = curves[curves["task"] == task]
-    labels = list(dict.fromkeys(shown["label"]))
-    across = min(_ACROSS, len(labels))
-    rows = -(-len(labels) // across)
-    figure = Figure(figsize=(WIDTH, 1.0 + 1.75 * rows))
-    panels = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, label in zip(panels, labels, strict=False):
-        _panel(axes, shown[shown["label"] == label], label)
-    for axes in panels[len(labels) :]:
-        axes.set_visible(False)
+    tasks = sorted(set(curves["task"]))
+    methods = {str(label): str(method) for label, method in zip(curves["label"], curves["method"], strict=True)}
+    figure = Figure(figsize=(WIDTH, 1.1 + 1.2 * len(methods)))
+    panels = figure.subplots(len(methods), len(tasks), sharex="col", sharey=True, squeeze=False)
+    here(*panels.ravel())
+    for row, (label, look) in zip(panels, looks(list(methods.items())).items(), strict=True):
+        row[0].set_ylabel(label.replace(" ", "\n", 1))
+        for axes, task in zip(row, tasks, strict=True):
+            _panel(axes, curves[(curves["label"] == label) & (curves["task"] == task)], look)
+        last = [axes for axes in row if axes.lines][-1]  # of another method there may be no runs on the last task
+        last.legend(loc="lower right", ncols=3, handlelength=2.6, columnspacing=1.0)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        axes.set_title(task_name(task))
+    for axes in panels[-1]:
+        axes.set_xlabel("training step")
     figure.supylabel("gradient norm (Frobenius)", fontsize=9)
-    for place in range(len(labels) - across, len(labels)):
-        panels[place].set_xlabel("training step")
-        panels[place].tick_params(labelbottom=True)
-    seeds = shown.groupby("label")["seeds"].max()
-    many = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    low, high = curves["seeds"].min(), curves["seeds"].max()
     foot(
         figure,
-        f"{task_name(task)}. Lines: means over {many} seeds; bands: least to largest seed.",
+        f"Lines: means over {low if low == high else f'{low} to {high}'} seeds; bands: least to largest seed.",
         "Each group of parameters by itself; heights of different groups are not on one scale.",
         note,
     )
@@ -93,24 +92,25 @@ def norms(suites: Suites) -> pd.DataFrame:
     return found.assign(_rank=rank).sort_values(["_rank", "label"], kind="stable").drop(columns="_rank")
 
 
-def _panel(axes: Axes, table: pd.DataFrame, label: str) -> None:
+def _panel(axes: Axes, table: pd.DataFrame, look: Look) -> None:
+    """The groups of a method, all in its colour: the first in its line and marker, the others' markers hollow."""
     groups = list(dict.fromkeys(table["part"]))
-    diablo = table["method"].iloc[0] == "diablo"
+    dashes = [(look.line, look.marker), *_OTHER_GROUPS]
     for place, part in enumerate(groups):
         same = table[table["part"] == part].sort_values("step")
-        color, dashes, marker = (DIABLO_BLUE, "-", "o") if diablo else _LOOKS[place % len(_LOOKS)]
-        axes.fill_between(same["step"], same["low"], same["high"], color=color, alpha=0.2, linewidth=0)
+        line, marker = dashes[place % len(dashes)]
+        axes.fill_between(same["step"], same["low"], same["high"], color=look.color, alpha=0.2, linewidth=0)
         every = max(1, len(same) // 6)
         axes.plot(
             *(same["step"], same["mean"]),
-            color=color,
-            linestyle=dashes,
+            color=look.color,
+            linestyle=line,
             linewidth=1.3,
             marker=marker,
             markersize=4,
+            markerfacecolor=look.color if place == 0 else "white",
             markevery=(every * place // 3, every),
             label=part,
         )
-    axes.set(title=label, yscale="log")
+    axes.set_yscale("log")
     plain_ticks(axes.yaxis, (1.0,))
-    axes.legend(loc="upper right", ncols=2, handlelength=2.6, columnspacing=1.0)

@@ -225,7 +225,7 @@ def _write(axes: Axes, words: list[list[str]], on_dark: npt.NDArray[np.bool_]) -
         return
     for (up, across), dark in np.ndenumerate(on_dark):
         color = "white" if dark else "black"
-        axes.text(across, up, words[up][across], ha="center", va="center", fontsize=7, color=color)
+        axes.text(across, up, words[up][across], ha="center", va="center", fontsize=8, color=color)
 
 
 def _frame(axes: Axes, tables: dict[str, pd.DataFrame]) -> None:

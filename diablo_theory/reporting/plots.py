@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import dots, line, plain_ticks
+from diablo_theory.reporting.drawing import dots, foot, here, line, plain_ticks, size
 from diablo_theory.reporting.maps import theory_map
 from diablo_theory.reporting.plans import Plan
 from diablo_theory.reporting.results import ResultsData, by_method
@@ -33,9 +33,17 @@ def scale_note(data: ResultsData) -> str:
     return f"{scale}: {model}, profile {data.manifest.get('profile', 'unknown')}{warning}"
 
 
+def _machine(data: ResultsData) -> str:
+    """What the folder's runs and benchmarks were done on, as far as it was recorded."""
+    said = [data.manifest.get("cpu"), data.manifest.get("device")]
+    if data.manifest.get("threads"):
+        said.append(f"{data.manifest['threads']} threads")
+    return f"Machine: {', '.join(part for part in said if part and part != 'cpu') or 'not recorded'}."
+
+
 def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:
     """The figures of a results folder by stem, whether or not the data allow them."""
-    note = scale_note(data)
+    note = f"{scale_note(data)}. {_machine(data)}"
     trained = data.runs[data.runs["run_id"].isin(list(data.logs)) & (data.runs["method"] != "none")]
     return {
         "verdicts": Plan(
@@ -48,14 +56,20 @@ def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:
         "results": Plan(lambda: results(tables.results, note), REPRODUCE, not tables.results.empty),
         "cost": Plan(lambda: cost(tables.costs, note), REPRODUCE, not tables.costs.empty),
         "learning_rates": Plan(
-            lambda: learning_rates(tables.learning_rates, note), TUNE, not tables.learning_rates.empty
+            lambda: learning_rates(tables.learning_rates, int(data.learning_rates["n"].max()), note),
+            TUNE,
+            not tables.learning_rates.empty,
         ),
     }
 
 
 def _noted(figure: Figure, note: str) -> Figure:
-    figure.supxlabel(note, fontsize=8, color=GREY)
+    foot(figure, note)
     return figure
+
+
+def _seeds(count: int) -> str:
+    return f"{count} {'seed' if count == 1 else 'seeds'}"
 
 
 @styled
@@ -70,6 +84,7 @@ def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Fi
     tasks = sorted(runs["task"].unique())
     figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(tasks)))
     panels = figure.subplots(len(tasks), 2, squeeze=False)
+    here(*panels.ravel())
     look = looks(by_method(runs))
     for (left, right), task in zip(panels, tasks, strict=True):
         for label, _ in by_method(runs[runs["task"] == task]):
@@ -90,7 +105,11 @@ def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Fi
         if right.get_legend_handles_labels()[1]:
             right.legend(handlelength=3.2)
     _legend(figure, panels)
-    figure.supxlabel(note, fontsize=8, color=GREY)
+    foot(
+        figure,
+        f"Means over {_seeds(runs['seed'].nunique())}; bold losses: running means over a twentieth of the steps.",
+        note,
+    )
     return figure
 
 
@@ -123,22 +142,25 @@ def results(table: pd.DataFrame, note: str) -> Figure:
     """
     tasks = list(table["task"].unique())
     lines = max(table["task"].value_counts())
-    figure = Figure(figsize=(WIDTH, 0.4 + (0.9 + 0.3 * lines) * len(tasks)))
+    figure = Figure(figsize=(WIDTH, 0.7 + (0.9 + 0.3 * lines) * len(tasks)))
     panels = figure.subplots(len(tasks), 2, squeeze=False)
+    here(*panels.ravel())
     look = looks(by_method(table))
     for (left, right), task in zip(panels, tasks, strict=True):
         same = table[table["task"] == task].reset_index(drop=True)
-        title = f"{task_name(task)}, {same['n'].iloc[0]} unseen problems"
-        seeds = same["seeds"].max()
-        title += f", {seeds} seeds" if seeds > 1 else ""
         dots(left, same, "exact_match", look, "{:.1f}")
-        left.set(title=title, xlabel="exact match, % (more is better)", xlim=(-3, 118))
+        left.set(
+            title=f"{task_name(task)}, unseen: {size(same)}", xlabel="exact match, % (more is better)", xlim=(-3, 103)
+        )
         left.set_xticks(range(0, 101, 25))
         dots(right, same, "loss_per_token", look, "{:.3f}")
         right.set(xlabel="held-out loss, nats/token (less is better)")
         right.set_yticklabels([])
+        right.tick_params(left=False)
         _log_if_wide(right, same)
-    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    alone = (table.loc[table["method"] != "none", "seeds"] == 1).any()
+    over = "problems alone, so that they say nothing of other seeds" if alone else "problems and seeds"
+    foot(figure, f"Bars: 95% intervals over {over}.", note)
     return figure
 
 
@@ -147,9 +169,9 @@ def _log_if_wide(axes: Axes, table: pd.DataFrame) -> None:
     if low > 0 and high / low > 10:
         axes.set_xscale("log")
         plain_ticks(axes.xaxis, (1.0,))
-        axes.set_xlim(low / 1.4, high * (high / low) ** 0.25)
+        axes.set_xlim(low / 1.4, high * 1.1)
     else:
-        axes.set_xlim(low - 0.05 * (high - low), high + 0.25 * (high - low))
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 @styled
@@ -162,6 +184,7 @@ def cost(table: pd.DataFrame, note: str) -> Figure:
     """
     figure = Figure(figsize=(WIDTH, 1.3 + 0.36 * len(table)))
     left, middle, right = figure.subplots(1, 3)
+    here(left, middle, right)
     look = looks(list(zip(table["label"], table["method"], strict=True)))
     _counts(left, table, look)
     _bars(middle, table, "step_ratio", look, lambda v: f"{v:.2f}")
@@ -178,7 +201,7 @@ def cost(table: pd.DataFrame, note: str) -> Figure:
             axes.set_xlim(0, 1.4 * table[name].max())
         else:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
-    figure.supxlabel(note, fontsize=8, color=GREY)
+    foot(figure, note)
     return figure
 
 
@@ -186,10 +209,11 @@ def _counts(axes: Axes, table: pd.DataFrame, look: dict[str, Look]) -> None:
     for place, (label, count) in enumerate(zip(table["label"], table["trainable_params"], strict=True)):
         axes.plot(count, place, look[label].marker, color=look[label].color, markersize=8)
         text = "—" if pd.isna(count) else f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,.0f}"
-        axes.annotate(text, (count, place), (8, 0), textcoords="offset points", va="center", fontsize=8)
+        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(text, (1, place), (4, 0), va="center", fontsize=8, **beside)
     axes.set(title="Trainable parameters", xlabel="number, log scale", xscale="log")
     if table["trainable_params"].notna().any():
-        axes.set_xlim(table["trainable_params"].min() / 4, table["trainable_params"].max() * 60)
+        axes.set_xlim(table["trainable_params"].min() / 3, table["trainable_params"].max() * 3)
     axes.set_yticks(range(len(table)), table["label"])
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.minorticks_off()
@@ -203,7 +227,7 @@ def _bars(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], wri
         style = look[label]
         axes.barh(place, value, height=0.62, color=style.color, edgecolor="white", hatch=style.hatch)
         end = table[f"{name}_high"].iloc[place] if f"{name}_high" in table else value
-        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1}
         placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
         axes.annotate(write(value), (end, place), (5, 0), **placed)
     axes.set_yticks(range(len(table)))
@@ -212,16 +236,18 @@ def _bars(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], wri
 
 
 @styled
-def learning_rates(table: pd.DataFrame, note: str) -> Figure:
+def learning_rates(table: pd.DataFrame, problems: int, note: str) -> Figure:
     """Validation loss and exact match over the learning rate; the chosen one is ringed.
 
     Args:
         table: ``Tables.learning_rates``.
+        problems: How many validation problems a rate was scored on.
         note: The line about the scale.
     """
     tasks = sorted(table["task"].unique())
     figure = Figure(figsize=(WIDTH, 0.9 + 2.5 * len(tasks)))
     panels = figure.subplots(len(tasks), 2, squeeze=False)
+    here(*panels.ravel())
     look = looks(by_method(table))
     for (left, right), task in zip(panels, tasks, strict=True):
         for label, _ in by_method(table[table["task"] == task]):
@@ -242,5 +268,6 @@ def learning_rates(table: pd.DataFrame, note: str) -> Figure:
             plain_ticks(axes.xaxis, (1.0,))
         plain_ticks(left.yaxis, (1.0, 2.0, 5.0))
     _legend(figure, panels)
-    figure.supxlabel(f"Bars: 95% intervals. {note}", fontsize=8, color=GREY)
+    scored = f"{problems} validation problems, {_seeds(int(table['seed'].max()))} a rate."
+    foot(figure, scored, "Bars: 95% intervals of the loss over problems; of exact match none was saved.", note)
     return figure

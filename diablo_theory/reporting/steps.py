@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.drawing import accents, fills, foot, here
 from diablo_theory.reporting.intervals import time_ratio
 from diablo_theory.reporting.saved_tables import Kind, read_table
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, WIDTH, styled
+from diablo_theory.reporting.style import WIDTH, styled
 
 PHASES = ("forward", "backward", "optimizer")
 _TIMES: dict[str, Kind] = {
@@ -222,6 +223,14 @@ def step_table(summary: pd.DataFrame) -> Table:
     return table
 
 
+def machine(summary: pd.DataFrame) -> str:
+    """What steps were timed on, with what the figures' einsum is, for the foot of a figure."""
+    first = summary.iloc[0]
+    where = f"Machine: {first['cpu']}, {first['threads']} threads, torch {first['torch']}."
+    einsum = "Light blue, einsum: DiaBlo's layer as its authors compute it."
+    return f"{where} {einsum}" if "einsum" in set(summary["name"]) else where
+
+
 @styled
 def draw_steps(summary: pd.DataFrame) -> Figure:
     """Whole steps as ratios to the floor, with 95% intervals, and peak memory beside them; a row of panels for each N.
@@ -233,37 +242,39 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         The figure.
     """
     counts = sorted(summary["num_blocks"].unique())
-    height = 1.0 + 0.24 * len(summary)
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(summary)))
     panels = figure.subplots(len(counts), 2, squeeze=False, sharex="col")
+    here(*panels.ravel())
+    words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
     for (left, right), count in zip(panels, counts, strict=True):
         part = summary[summary["num_blocks"] == count].sort_values("over_floor", ascending=False)
         places = range(len(part))
-        colours = [DIABLO_BLUE if name.startswith("diablo") else GREY for name in part["name"]]
+        names = part["name"].str.partition("-")[0]
+        colours = accents(names)
         ends = part[["over_floor_low", "over_floor_high"]].to_numpy()
         left.hlines(places, ends[:, 0], ends[:, 1], color=colours, linewidth=2)
         left.scatter(part["over_floor"], places, color=colours, zorder=3, s=22)
         for place, value, high in zip(places, part["over_floor"], ends[:, 1], strict=True):
             slow = value > SLOWEST
             text, at = (f"{value:.2f} →", SLOWEST) if slow else (f"{value:.3f}", np.fmax(value, high))
-            left.annotate(
-                *(text, (at, place)),
-                xytext=(-2 if slow else 6, 0),
-                textcoords="offset points",
-                ha="right" if slow else "left",
-                va="center",
-                fontsize=7,
-            )
+            left.annotate(text, (at, place), (-2 if slow else 6, 0), ha="right" if slow else "left", **words)
         left.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
         left.set_yticks(list(places), part["method"])
         memory = part["static_mib"] + part["step_peak_mib"]
-        right.barh(places, memory, color=colours, height=0.6)
+        right.barh(places, memory, color=fills(names), height=0.6)
+        for place, value in zip(places, memory, strict=True):
+            right.annotate(f"{value:,.0f}", (value, place), (4, 0), **words)
         right.set_yticks(list(places), [])
+        right.tick_params(left=False)
         left.set_title(f"N = {count}", loc="left")
         for panel in (left, right):
             panel.set_ylim(-0.6, len(part) - 0.4)
+            panel.grid(visible=False, axis="y")
     panels[-1, 0].set_xlim(0.98, max(1.01, min(SLOWEST, 1.06 * summary["over_floor"].max())))
+    panels[-1, 1].set_xlim(0, 1.2 * (summary["static_mib"] + summary["step_peak_mib"]).max())
     panels[-1, 0].set_xlabel("whole step, ratio to the floor")
     panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
-    figure.suptitle(f"Measured here: {summary['workload'].iloc[0]}", x=0.02, ha="left", fontsize=9)
+    workload = summary["workload"].iloc[0]
+    bars = "Lines: 95% intervals. The floor: the same step with everything frozen."
+    foot(figure, f"Measured here: {workload}.", machine(summary), bars)
     return figure

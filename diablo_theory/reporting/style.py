@@ -19,6 +19,7 @@ from diablo_theory.files import write_with
 WIDTH = 7.0  # inches: a text block on A4 or letter paper, so the fonts print at their nominal size
 GREY = "#595959"
 DIABLO_BLUE = "#0072B2"
+LIGHT_BLUE = "#56B4E9"
 LORA_VERMILLION = "#D55E00"
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so that every machine draws the same glyphs
@@ -70,7 +71,7 @@ _LOOKS = {  # Okabe and Ito's palette
     "full": (Look("#009E73", "s", "-.", "...."),),
     "diablo": (
         Look(DIABLO_BLUE, "o", "-", ""),
-        Look("#56B4E9", "p", (0, (8, 2)), "xx"),
+        Look(LIGHT_BLUE, "p", (0, (8, 2)), "xx"),
         Look("#000000", "h", "-", "++"),
     ),
     "lora": (Look(LORA_VERMILLION, "^", "--", "////"), Look("#E69F00", "v", (0, (2, 1)), "----")),
@@ -82,6 +83,10 @@ _OTHERS = (  # Tol's muted palette, which the same readers tell apart
     Look("#117733", ">", (0, (5, 1, 1, 1, 1, 1)), "\\\\\\\\"),
     Look("#882255", "<", (0, (1, 1)), "oo"),
     Look("#332288", "d", (0, (3, 1)), "OO"),
+    Look("#44AA99", "X", (0, (5, 1)), "..."),
+    Look("#AA4499", "H", (0, (3, 1, 1, 1)), "xx"),
+    Look("#999933", "8", (0, (2, 2)), "++"),
+    Look("#661100", "p", (0, (6, 1)), "//"),
 )
 
 

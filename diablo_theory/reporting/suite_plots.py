@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from diablo_theory.reporting.drawing import dots, line, plain_ticks
-from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
+from diablo_theory.reporting.drawing import base_names, dots, foot, here, line, plain_ticks, size
+from diablo_theory.reporting.style import WIDTH, Look, looks, styled
 from diablo_theory.reporting.tables import TASK_NAMES, task_name
 
 LOSS = "held-out loss, nats/token"
-TITLES = {"learning_rates": "Learning rate", "patterns": "Patterns", "blocks": "Number of blocks", "bases": "Bases"}
+TITLES = {"learning_rates": "Learning rate", "blocks": "Number of blocks", "patterns": "Patterns", "bases": "Bases"}
+_NAMED = ("patterns", "bases")  # a row a setting, with its name
 #: A loss beyond so many times the least one is written at the edge of a panel, which would be empty otherwise.
 FAR = 3
 
@@ -29,27 +29,25 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
         table: The section ``methods``.
         note: The line about the scale.
     """
-    foot = _foot([table], note)
+    said = _said([table])
     table = table.dropna(subset=["loss_per_token"])
     tasks = list(dict.fromkeys(table["task"]))
     lines = max(table["task"].value_counts())
     figure = Figure(figsize=(WIDTH, 0.4 + (0.85 + 0.22 * lines) * len(tasks)))
     panels = figure.subplots(len(tasks), 2, squeeze=False)
+    here(*panels.ravel())
     look = _looks(table)
     for (left, right), task in zip(panels, tasks, strict=True):
         same = table[table["task"] == task].reset_index(drop=True)
-        seeds, problems = same["seeds"].max(), same["n"].iloc[0]
         dots(left, same, "exact_match", look, "{:.1f}")
-        left.set(
-            title=f"{task_name(task)}, {problems} problems, {seeds} {'seed' if seeds == 1 else 'seeds'}",
-            xlim=(-3, 118),
-        )
+        left.set(title=f"{task_name(task)}, {size(same)}", xlim=(-3, 103))
         left.set_xticks(range(0, 101, 25))
         _losses(right, same, look)
         right.set_yticklabels([])
+        right.tick_params(left=False)
     panels[-1, 0].set_xlabel("exact match, % (more is better)")
     panels[-1, 1].set_xlabel(f"{LOSS} (less is better)")
-    figure.supxlabel(foot, fontsize=8, color=GREY)
+    foot(figure, said, "Axes of losses differ by task and do not start at zero.", note)
     return figure
 
 
@@ -62,26 +60,34 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
             models, scales or tasks it shows those with the most experiments, and the foot says which are left out.
         note: The line about the scale.
     """
-    # Rows with long names stand in one column, so that they take room from each other alone.
-    drawers = {"learning_rates": _rates, "patterns": _rows, "blocks": _blocks, "bases": _rows}
-    present = [name for name in drawers if name in sections]
-    rows = (len(present) + 1) // 2
-    figure = Figure(figsize=(WIDTH, 0.4 + 2.6 * rows))
-    panels = figure.subplots(rows, 2, squeeze=False).ravel()
-    shown = {name: _largest(sections[name]) for name in present}
-    for axes, (name, table) in zip(panels, shown.items(), strict=False):
-        drawers[name](axes, table.dropna(subset=["loss_per_token"]).reset_index(drop=True))
-        task = str(table["task"].iloc[0])
-        axes.set_title(f"{TITLES[name]}, {task_name(task) if task in TASK_NAMES else task_name(task).lower()}")
-    for axes in panels[len(present) :]:
-        axes.set_axis_off()
+    shown = {name: _largest(sections[name]) for name in TITLES if name in sections}
+    # Curves and named rows have a part of the figure each, so that names take no room from curves.
+    curves = [name for name in shown if name not in _NAMED]
+    parts = [names for names in (curves, [name for name in _NAMED if name in shown]) if names]
+    heights = [0.75 + max(_height(name, shown[name]) for name in names) for names in parts]
+    figure = Figure(figsize=(WIDTH, 0.7 + sum(heights)))
+    figures = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights).ravel()
+    for part, names in zip(figures, parts, strict=True):
+        for axes, name in zip(part.subplots(1, len(names), squeeze=False).ravel(), names, strict=True):
+            table = shown[name].dropna(subset=["loss_per_token"]).reset_index(drop=True)
+            _DRAWERS[name](axes, table)
+            here(axes)
+            task = str(table["task"].iloc[0])
+            axes.set_title(f"{TITLES[name]}, {task_name(task) if task in TASK_NAMES else task_name(task).lower()}")
+    sizes: dict[str, list[str]] = {}
+    for name, table in shown.items():
+        sizes.setdefault(size(table), []).append(TITLES[name].lower())
+    each = [f"{', '.join(names)}: {many}" for many, names in sizes.items()]
+    said = "; ".join(each).capitalize() if len(each) > 1 else f"Everywhere {next(iter(sizes))}"
+    bases = base_names(shown["bases"]["base"].tolist())[1] if "bases" in shown else ""
     others = []
     for name, table in shown.items():
         rest = sections[name].drop(table.index).drop_duplicates(["model", "scale", "task"]).to_dict("records")
         what = TITLES[name].lower()
         others += [f"{task_name(row['task'])} ({what}, {row['model']}, {row['scale']} scale)" for row in rest]
-    also = f" In the tables alone: {', '.join(others)}." if others else ""
-    figure.supxlabel(_foot(list(shown.values()), note + also), fontsize=8, color=GREY)
+    also = f"In the tables alone: {', '.join(others)}." if others else ""
+    bits = f"Quantised bases: {bases}." if bases else ""
+    foot(figure, _said(list(shown.values())), f"{said}. {bits}", "No axis of losses starts at zero.", note, also)
     return figure
 
 
@@ -94,7 +100,7 @@ def _largest(section: pd.DataFrame) -> pd.DataFrame:
     return same
 
 
-def _foot(tables: Sequence[pd.DataFrame], note: str) -> str:
+def _said(tables: Sequence[pd.DataFrame]) -> str:
     """What the bars are, and which seeds are in no number since they diverged."""
     rows = pd.concat(tables)
     one = ((rows["seeds"] == 1) & (rows["method"] != "none")).any()
@@ -105,8 +111,7 @@ def _foot(tables: Sequence[pd.DataFrame], note: str) -> str:
         f"{row['diverged']} of {row['diverged'] + row['seeds']}"
         for row in lost
     ]
-    gone = f" Seeds that diverged: {'; '.join(names)}." if names else ""
-    return textwrap.fill(f"{bars} {note}{gone}", 120)
+    return f"{bars} Seeds that diverged: {'; '.join(names)}." if names else bars
 
 
 def _looks(table: pd.DataFrame) -> dict[str, Look]:
@@ -119,12 +124,12 @@ def _losses(axes: Axes, table: pd.DataFrame, look: Mapping[str, Look]) -> None:
     dots(axes, table, "loss_per_token", dict(look), "{:.3f}")
     near = table[table["loss_per_token"] <= FAR * table["loss_per_token"].min()]
     low, high = near["loss_per_token_low"].min(), near["loss_per_token_high"].max()
-    axes.set_xlim(low - 0.05 * (high - low), high + 0.3 * (high - low))
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     end = axes.get_xlim()[1]
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for place, loss in enumerate(table["loss_per_token"]):
         if loss > end:
-            axes.annotate(f"{loss:.3f} →", (end, place), ha="right", va="center", fontsize=8, bbox=behind)
+            axes.annotate("→", (end, place), ha="right", va="center", fontsize=10)
 
 
 def _curve(axes: Axes, table: pd.DataFrame, over: str, look: Look, label: str) -> None:
@@ -143,8 +148,7 @@ def _rates(axes: Axes, table: pd.DataFrame) -> None:
         _curve(axes, one_each, "learning_rate", look[str(label)], str(label))
     axes.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
     plain_ticks(axes.xaxis, (1.0,))
-    # Beside the panel, which the curves cross, where names of the next one leave room.
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0)).set_in_layout(False)
+    axes.legend(loc="upper center")
 
 
 def _blocks(axes: Axes, table: pd.DataFrame) -> None:
@@ -166,4 +170,13 @@ def _rows(axes: Axes, table: pd.DataFrame) -> None:
 def _with_base(table: pd.DataFrame) -> list[str]:
     if len(set(table["base"])) == 1:
         return list(table["label"])
-    return [f"{label}; {base}" for label, base in zip(table["label"], table["base"], strict=True)]
+    names, _ = base_names(table["base"].tolist())
+    return [f"{label}\n{name}" for label, name in zip(table["label"], names, strict=True)]
+
+
+def _height(name: str, table: pd.DataFrame) -> float:
+    """Inches of a panel: rows take what their names need."""
+    return 1.75 if name not in _NAMED else len(table) * (0.34 if name == "bases" else 0.25)
+
+
+_DRAWERS = {"learning_rates": _rates, "blocks": _blocks, "patterns": _rows, "bases": _rows}

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from diablo_theory.reporting.drawing import foot, own_bars, published_bars
 from diablo_theory.reporting.published_bars import origins
+from diablo_theory.reporting.steps import machine
 from diablo_theory.reporting.style import WIDTH, styled
 
 _LEFT_OUT = ("floor", "inputs")  # no methods: what a step costs that trains nothing
@@ -25,25 +26,28 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     count = int(summary["num_blocks"].max())
     own = summary[(summary["num_blocks"] == count) & ~summary["name"].isin(_LEFT_OUT)]
     own = own.sort_values("over_lora").reset_index(drop=True)
-    figure = Figure(figsize=(WIDTH, 1.9 + 0.25 * (len(ratios) + len(own))))
-    panels = figure.subplots(2, 2, gridspec_kw={"height_ratios": [len(ratios), len(own)]})
-    for axes, table, spec in ((panels[0, 0], minutes, "{:.0f}"), (panels[0, 1], ratios, "{:.2f}")):
+    heights = [len(minutes), len(ratios), len(own)]
+    figure = Figure(figsize=(WIDTH, 2.8 + 0.25 * sum(heights)))
+    grid = figure.add_gridspec(3, 2, height_ratios=heights)
+    epoch, ratio = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, :])
+    step, memory = figure.add_subplot(grid[2, 0]), figure.add_subplot(grid[2, 1])
+    for axes, table, spec in ((epoch, minutes, "{:.0f}"), (ratio, ratios, "{:.2f}")):
         published_bars(axes, table["value"], table["method"], table["setting"].str.partition(",")[0], spec)
-    panels[0, 0].set(title="Published: the paper", xlabel="minutes an epoch, hardware unstated")
-    panels[0, 0].set_ylim(len(ratios) - 0.45, -0.55)  # rows as high as those beside them
-    panels[0, 1].set(title="Published: MiLoRA's paper", xlabel="training time, ratio to LoRA's")
-    panels[0, 1].axvline(1, color="black", linewidth=0.8, linestyle=":")
-    own_bars(panels[1, 0], own, "over_lora", own["name"].str.partition("-")[0], own["method"], "{:.3f}")
-    panels[1, 0].axvline(1, color="black", linewidth=0.8, linestyle=":")
-    panels[1, 0].set(title="Measured here: a training step", xlabel="time, ratio to LoRA's, 95% interval")
-    memory = own.assign(peak=own["static_mib"] + own["step_peak_mib"])
-    own_bars(panels[1, 1], memory, "peak", own["name"].str.partition("-")[0], own["method"], "{:,.0f}")
-    panels[1, 1].set(title="Measured here: memory", xlabel="at rest and peak of a step, MiB")
-    panels[1, 1].set_yticklabels([])
+    epoch.set(title="Published: the paper", xlabel="minutes an epoch, hardware unstated")
+    ratio.set(title="Published: MiLoRA's paper", xlabel="training time, ratio to LoRA's")
+    ratio.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    names = own["name"].str.partition("-")[0]
+    own_bars(step, own, "over_lora", names, own["method"], "{:.3f}")
+    step.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    step.set(title="Measured here: a training step", xlabel="time, ratio to LoRA's, 95% interval")
+    peaks = own.assign(peak=own["static_mib"] + own["step_peak_mib"])
+    own_bars(memory, peaks, "peak", names, own["method"], "{:,.0f}")
+    memory.set(title="Measured here: memory", xlabel="at rest and peak of a step, MiB")
+    memory.set_yticklabels([])
     saved = cost[cost["metric"] == "memory_saved_pct"].to_dict("records")
     said = "".join(f"Published of memory alone: {row['setting']}, {row['value']:g}% saved." for row in saved)
     where = f"{own['workload'].iloc[0]}, all methods at the parameters of DiaBlo with N = {count}"
     published = origins(pd.concat([minutes, ratios]))
     here = f"Filled, on a tinted ground: measured here ({where})."
-    foot(figure, published, said, here, "A step here and an epoch there are different things.")
+    foot(figure, published, said, here, machine(own), "A step here and an epoch there are different things.")
     return figure

@@ -4,6 +4,7 @@ import pytest
 
 from diablo_theory.reporting.gradient_norms import gradient_norms, norms
 from diablo_theory.reporting.plans import NothingToDrawError
+from diablo_theory.reporting.style import looks
 from diablo_theory.reporting.suites import Suites
 
 STEPS = 8
@@ -44,14 +45,34 @@ def test_a_vanishing_norm_is_left_out_of_a_logarithm():
     assert found.loc[found["part"] == "B", "step"].min() == 1
 
 
-def test_a_panel_a_method_with_loras_factors_apart():
-    figure = gradient_norms(made_up(), "Small scale: made up.")
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["DiaBlo N=64", "LoRA r=5", "DoRA r=5"]
-    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+def test_a_row_a_method_with_loras_factors_apart_and_a_column_a_task():
+    boolq, arc = made_up(), made_up(suite="arc_easy", train_on="arc_easy")
+    pairs = zip(boolq.frames().values(), arc.frames().values(), strict=True)
+    configs, training = [
+        pd.concat([one, two.assign(run_id="arc-" + two["run_id"])], ignore_index=True)
+        for one, two in pairs
+        if len(one)
+    ]
+    figure = gradient_norms(Suites(pd.DataFrame(), configs, pd.DataFrame(), training), "Small scale: made up.")
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["ARC-Easy", "BoolQ"]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["DiaBlo\nN=64", "LoRA\nr=5", "DoRA\nr=5"]
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes[1::2]]
     assert legends == [["D"], ["A", "B"], ["all"]]
+    lines = [len(axes.lines) for axes in figure.axes]
+    assert lines == [1, 1, 2, 2, 1, 1]
+    look = looks([("DiaBlo", "diablo"), ("LoRA", "lora"), ("DoRA", "dora")])
+    assert [axes.lines[0].get_color() for axes in figure.axes[::2]] == [one.color for one in look.values()]
+    assert [axes.lines[0].get_marker() for axes in figure.axes[::2]] == [one.marker for one in look.values()]
     words = " ".join(figure._supxlabel.get_text().split())
-    assert "BoolQ. Lines: means over 2 seeds; bands: least to largest seed." in words
+    assert "Lines: means over 2 seeds; bands: least to largest seed." in words
     assert "Small scale: made up." in words
+
+
+def test_the_legend_stands_where_a_method_has_runs():
+    suites = made_up()
+    suites.configs.loc[suites.configs["method"] != "lora", ["suite", "train_on"]] = "arc_easy"
+    figure = gradient_norms(suites, "")
+    assert [axes.get_legend() is not None for axes in figure.axes] == [True, False, False, True, True, False]
 
 
 @pytest.mark.parametrize("changes", [{"state": "diverged"}, {"eval_split": "valid"}, {"suite": "learning_rate"}])

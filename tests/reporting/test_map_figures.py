@@ -6,7 +6,7 @@ from rich.console import Console
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting import maps
-from diablo_theory.reporting.captures import capture_figure, layer_table
+from diablo_theory.reporting.captures import capture_figure, layer_table, measured_at
 from diablo_theory.reporting.verdicts import verdict_margins
 
 
@@ -121,7 +121,10 @@ def test_captures_are_drawn_where_they_are():
         for i in range(2)
         for method, start, capture in (("diablo", "zero", 0.2 + 0.1 * i), ("lora", "any", 0.9))
     ]
-    axes = capture_figure(pd.DataFrame(rows)).axes[0]
+    about = measured_at(pd.DataFrame({"num_blocks": [64, 64], "tokens": [1800, 1800]}), "A model")
+    figure = capture_figure(pd.DataFrame(rows), about)
+    assert figure.get_supxlabel().startswith("Measured here: A model, 2 layers, 1,800 tokens, N = 64. All methods at")
+    axes = figure.axes[0]
     lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert lines["DiaBlo"] == pytest.approx([0.2, 0.3])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.up_proj", "1.up_proj"]

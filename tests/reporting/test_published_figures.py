@@ -11,6 +11,7 @@ from diablo_theory.reporting.drawing import HERE_TINT
 from diablo_theory.reporting.parameters import read_counts
 from diablo_theory.reporting.published import read_published
 from diablo_theory.reporting.steps import read_steps, summarise
+from diablo_theory.reporting.style import LIGHT_BLUE
 
 SAVED = Path(__file__).resolve().parents[2] / "paper_results"
 
@@ -27,7 +28,14 @@ def commonsense(rows):
 
 def section(**changes):
     table = {"label": ["DiaBlo N=64", "LoRA r=5"], "method": ["diablo", "lora"], "base": "4 bits, rtn"}
-    table |= {"model": "SmolLM2-135M", "scale": "small", "task": "word_problems", "exact_match": [50.0, 40.0]}
+    table |= {
+        "n": 300,
+        "seeds": 3,
+        "model": "SmolLM2-135M",
+        "scale": "small",
+        "task": "word_problems",
+        "exact_match": [50.0, 40.0],
+    }
     table |= {"exact_match_low": [40.0, 35.0], "exact_match_high": [60.0, 45.0]}
     return pd.DataFrame(table | changes)
 
@@ -67,6 +75,9 @@ def test_contradictions_are_found_and_named(rows, commonsense):
 def test_contradictions_are_drawn(rows):
     figure = published_bars.commonsense(rows)
     words = [text.get_text() for axes in figure.axes for text in axes.texts]
+    right = figure.axes[1]
+    published, other = (next(line for line in right.lines if line.get_marker() == shape) for shape in "oD")
+    assert published.get_ydata()[0] < other.get_ydata()[0]  # the first row's values are too close to stand on one line
     assert {"87.5", "◇ 83.6, SketchTune", "80.8", "◇ 81.5, DoRA (early) and SketchTune"} <= set(words)
 
 
@@ -90,7 +101,8 @@ def test_what_was_run_here_is_filled_on_a_tinted_ground_with_intervals(rows, nam
     assert filled(own)
     assert to_hex(own.get_facecolor()) == HERE_TINT.lower()
     assert "small scale: run here" in own.get_title(loc="left")
-    assert "run here on SmolLM2-135M, small scale" in said(figure)
+    assert "run here on SmolLM2-135M, small scale, 300 problems, 3 seeds" in said(figure)
+    assert own.get_xlim() == (0, 100)
     low, high = own.collections[0].get_segments()[0][:, 0]
     assert (low, high) == (40, 60)
 
@@ -99,7 +111,7 @@ def test_rows_of_several_tasks_and_bases_say_which(rows):
     table = section(task=["word_problems", "boolq"], base=["float32", "4 bits, rtn"])
     own = beside_published.quantised(rows, {"bases": table}).axes[-1]
     names = [label.get_text() for label in own.get_yticklabels()]
-    assert names == ["Word problems: DiaBlo N=64; float32", "BoolQ: LoRA r=5; 4 bits, rtn"]
+    assert names == ["Word problems: DiaBlo N=64; float32", "BoolQ: LoRA r=5; 4 bits, rounding to nearest"]
 
 
 def test_shares_are_the_counted_ones_and_say_where_the_quote_differs(rows):
@@ -120,3 +132,7 @@ def test_published_epochs_and_measured_steps_are_told_apart(rows):
     titles = [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes]
     assert titles == ["Published", "Published", "Measured here", "Measured here"]
     assert "A step here and an epoch there are different things" in said(figure)
+    assert "Machine: Intel(R) Xeon(R) Processor, 2 threads" in said(figure)
+    assert "Light blue, einsum: DiaBlo's layer as its authors compute it." in said(figure)
+    names = [label.get_text() for label in figure.axes[2].get_yticklabels()]
+    assert to_hex(figure.axes[2].patches[names.index("einsum N=64")].get_facecolor()) == LIGHT_BLUE.lower()

@@ -65,6 +65,13 @@ def test_the_figure_has_a_row_of_panels_for_each_block_count(saved):
     assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == ["N = 16", "N = 64"]
     dots = figure.axes[0].collections[1].get_offsets()
     assert np.allclose(sorted(dots[:, 0]), [1.0, 1.03, 1.1, 1.2])
+    assert [text.get_text() for text in figure.axes[1].texts] == ["153", "152", "151", "150"]
+    said = " ".join(figure.get_supxlabel().split())
+    assert said.startswith(
+        f"Measured here: {WORK}. Machine: c, 2 threads, torch 2. Light blue, einsum: DiaBlo's layer"
+    )
+    without = summarise(times, contenders[contenders["name"] != "einsum"])
+    assert "einsum" not in draw_steps(without).get_supxlabel()
 
 
 def test_aims_are_met_by_whole_intervals_and_by_sums(saved):

@@ -22,12 +22,25 @@ def layers(**changes):
 
 
 def test_certificates_stand_in_units_of_the_full_gradient():
-    (axes,) = certificates(layers()).axes
+    figure = certificates(layers(), "A model")
+    (axes,) = figure.axes
     drawn = {line.get_label(): list(np.asarray(line.get_xdata(), float)) for line in axes.lines}
     assert drawn["amplification x blocks' gradient"] == [1, 1]
     assert drawn["leak"] == [0.5]  # the other is zero, which a logarithm has not
     assert drawn["their sum, the bound"] == [1, 1.5]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.up_proj", "9.up_proj *"]
+    said = " ".join(figure.get_supxlabel().split())
+    assert said.startswith("Measured here: A model, 2 layers, 1,800 tokens, N = 64. ")
+    assert said.endswith("The premise (every X_i has the rank of X) fails at *, so that a leak remains.")
+
+
+@pytest.mark.parametrize(
+    ("holds", "end"), [(False, "fails at every layer, so that a leak remains."), (True, "bound.")]
+)
+def test_a_star_stands_only_where_it_tells_layers_apart(holds, end):
+    figure = certificates(layers(premise_holds=holds), "A model")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0.up_proj", "9.up_proj"]
+    assert figure.get_supxlabel().endswith(end)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +67,15 @@ def test_convergence_shows_every_method_and_its_prediction():
         )
         slopes = np.diff(own), np.diff(np.log(left))
         assert slopes[0] == pytest.approx(slopes[1], rel=0.05)
+
+
+def test_convergence_says_the_sizes_of_its_data():
+    table = read_descent(SAVED / "descent")
+    said = " ".join(convergence(table).get_supxlabel().split())
+    assert "32 x 32, N = 4, so that an X_i has rank 8 at most; 256 parameters each (full: 1,024); 2,000 steps" in said
+    smaller = table[table["iteration"] <= 100].assign(parameters=table["parameters"].replace({1024: 2304, 256: 288}))
+    said = " ".join(convergence(smaller).get_supxlabel().split())
+    assert "48 x 48, N = 8, so that an X_i has rank 6 at most; 288 parameters each (full: 2,304); 100 steps" in said
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("premise\nholds\n", "lacks the column")])
