@@ -251,7 +251,9 @@ def status(
     folders = run_folders(root)
     if not folders:
         raise ConfigError(f"no runs below {root}")
-    table = Table("run", "state", "steps", "scores", "minutes", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "steps", "scores", "minutes"):
+        table.add_column(name, overflow="fold")  # names of runs often differ at their end
     states = {folder: state(folder) for folder in folders}
     lines = score_lines({folder: found for folder, found in states.items() if found["metrics"]})
     for folder, found in states.items():
@@ -286,6 +288,7 @@ def show(
     from diablo_theory.finetune.folder import state
     from diablo_theory.reading import read_yaml
     from diablo_theory.records import CONFIG, ERROR, PREDICTIONS, read_predictions
+    from diablo_theory.reporting.ended_runs import rescored
 
     if not (run / CONFIG).is_file() and not (run / ERROR).is_file():
         raise ResultsError(f"{run} holds no run: there is no {CONFIG}")
@@ -303,7 +306,7 @@ def show(
         raise ConfigError(f"{run} has no predictions on {task!r}.{nearest(task, files)}")
     for name, file in files.items():
         if task in ("", name):
-            _show_answers(name, read_predictions(file), errors, count)
+            _show_answers(name, read_predictions(file, rescored(run)), errors, count)
 
 
 def _show_answers(task: str, items: Any, errors: bool, count: int) -> None:

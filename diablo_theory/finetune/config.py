@@ -188,7 +188,7 @@ def resolve(*layers: Mapping[str, Any]) -> RunConfig:
             if name not in RunConfig.model_fields:
                 raise ConfigError(f"unknown key {name!r}.{nearest(name, RunConfig.model_fields)}")
             if dot and not isinstance(merged[name], dict):
-                raise ConfigError(f"{key}: {name} is {merged[name]!r} here and has no parts")
+                raise ConfigError(f"{key}: there is no {name} here that has parts; set {name} itself")
             merged[name] = {**merged[name], part: value} if dot else value
     # YAML 1.1 reads 1e-3 (no dot) as text; pydantic turns it into the number that was meant.
     return validated(merged)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import foot, plain_ticks
 from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import WIDTH, Look, looks, styled
@@ -30,9 +31,16 @@ def read_descent(folder: Path) -> pd.DataFrame:
     """What ``diablo-theory descend`` wrote.
 
     Raises:
-        ResultsError: See :func:`~.saved_tables.read_table`.
+        ResultsError: See :func:`~.saved_tables.read_table`; or if a method has no step.
     """
-    return read_table(folder / "descent.csv", COLUMNS, "diablo-theory descend")
+    file, command = folder / "descent.csv", "diablo-theory descend"
+    table = read_table(file, COLUMNS, command)
+    for (premise, method), run in table.groupby(["premise", "method"]):
+        if not (run["iteration"] > 0).any():
+            raise ResultsError(f"{file} is cut short: no step of {method} where the premise {premise}; `{command}`")
+    if table.empty:
+        raise ResultsError(f"{file} holds no descent; `{command}` makes one")
+    return table
 
 
 @styled

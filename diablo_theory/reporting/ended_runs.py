@@ -143,14 +143,20 @@ def read_outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
     Raises:
         ResultsError: If the file is missing or damaged, or does not give these scores.
     """
-    items = read_predictions(file, _ADVICE)
+    advice = rescored(file.parents[1])
+    items = read_predictions(file, advice)
     metrics = sorted(scores.keys() - {"n", "means", "loss_per_token"})
     if missing := [name for name in metrics if name not in items]:
-        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {_ADVICE}")
+        raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {advice}")
     if len(items) != scores["n"]:
-        raise ResultsError(f"{file} holds {len(items)} problems where {METRICS} says {scores['n']}. {_ADVICE}")
+        raise ResultsError(f"{file} holds {len(items)} problems where {METRICS} says {scores['n']}. {advice}")
     _require_scores(file, items, scores, metrics)
     return items[[name for name in items if name in ("item", *TEXT, "loss_sum", "tokens", *metrics)]]
+
+
+def rescored(run: Path) -> str:
+    """What to do where predictions of a finished run are missing or damaged."""
+    return f"Delete it if it is there, and `diablo-theory evaluate {run}` writes it again."
 
 
 def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
@@ -175,4 +181,6 @@ def _require_scores(file: Path, items: pd.DataFrame, scores: dict[str, Any], met
     found["loss_per_token"] = float(items["loss_sum"].sum() / items["tokens"].sum())
     for name, value in found.items():
         if not math.isclose(value, scores[name], rel_tol=1e-9, abs_tol=1e-12):
-            raise ResultsError(f"{file} gives {name}={value:.6g} where {METRICS} says {scores[name]:.6g}. {_ADVICE}")
+            raise ResultsError(
+                f"{file} gives {name}={value:.6g} where {METRICS} says {scores[name]:.6g}. {rescored(file.parents[1])}"
+            )

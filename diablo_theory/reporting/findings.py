@@ -49,10 +49,14 @@ def _scale(data: ResultsData) -> Finding:
     model = data.manifest.get("model", {}).get("name", "an unnamed model")
     profile = data.manifest.get("profile", "unknown")
     if data.manifest.get("scale", "small") == "small":
-        text = (
-            f"A small-scale run (profile {profile}) of {model}. Its scores say how the methods compare here; they are "
-        )
-        return Finding("Scale", text + "not comparable to the paper's numbers, which are for 7B models and larger.")
+        says = "Its scores say how the methods compare here; they are"
+        if profile == "quick":
+            says = (
+                "Its few steps, at learning rates chosen for more, show that all parts work, not how methods compare; "
+                "its scores are"
+            )
+        whose = "not comparable to the paper's numbers, which are for 7B models and larger."
+        return Finding("Scale", f"A small-scale run (profile {profile}) of {model}. {says} {whose}")
     return Finding("Scale", f"A full-scale run (profile {profile}) of {model}.")
 
 

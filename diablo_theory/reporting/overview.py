@@ -245,14 +245,20 @@ def _conflicts(evidence: Evidence) -> Iterable[Part]:
 
 def _deviations(readme: Path) -> Iterable[Part]:
     """What README's list says is done otherwise than in the paper; a test holds that list to the code."""
+    heading = "Deviations from the paper and its code"
     if not readme.is_file():
+        yield Part(
+            "deviations",
+            heading,
+            "Those of the code are listed in its README, which does not lie beside these papers.",
+        )
         return
     found = _DEVIATION.findall(readme.read_text(encoding="utf-8"))
     frame = pd.DataFrame(
         [(name, " ".join(text.replace("`", "").split())) for name, text in found], columns=["Name", "What is done"]
     )
     if not frame.empty:
-        yield Part("deviations", "Deviations from the paper and its code", "", [Shown("", frame)])
+        yield Part("deviations", heading, "", [Shown("", frame)])
 
 
 def inputs(evidence: Evidence) -> pd.DataFrame:

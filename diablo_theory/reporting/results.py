@@ -263,7 +263,8 @@ def _outside(values: pd.Series) -> pd.Series:
 def _refuse(rows: pd.DataFrame, column: str, bad: pd.Series, allowed: str) -> None:
     if bad.any():
         row = rows.index[bad][0]
-        raise ResultsError(f"Row {row}: {column} is {rows[column][row]!r}; allowed: {allowed}.")
+        value = rows[column][bad].tolist()[0]  # Python's own, as a reader knows it
+        raise ResultsError(f"Row {row}: {column} is {value!r}; allowed: {allowed}.")
 
 
 def _read_manifest(results: Path) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_unknown_profile_names_the_nearest():
         ("learning_rate=.nan", "learning_rate=nan is not allowed"),
         ("learning_rate=-1", "learning_rate=-1 is not allowed"),
         ("method=lra", "method='lra' is not allowed: Input should be 'none', 'full', 'diablo', .*'lora'"),
-        ("quantise.bits=3", "quantise.bits: quantise is None here and has no parts"),
+        ("quantise.bits=3", "quantise.bits: there is no quantise here that has parts; set quantise itself"),
         ("quantize.bits=3", "unknown key 'quantize'. Did you mean 'quantise'"),
         ("steps", "an override must read key=value, got 'steps'"),
         ("epochs=1e300", "epochs='1e300' is not allowed: Input should be less than or equal to 1000000"),

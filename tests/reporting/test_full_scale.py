@@ -198,6 +198,15 @@ def test_full_runs_beside_small_ones_stop_no_figure():
     assert "In the tables alone: GSM8K (patterns, " in foot
 
 
+def test_an_open_question_names_the_command_that_adds_seeds():
+    claims = {claim.id: claim.asks[0] for claim in read_claims(PAPERS / "claims.yaml")}
+    decides = claims["small-patterns"].ask(evidence(read_suites(PAPERS / "reproduced" / "suites"))).decides
+    command = decides.split("`")[1].split()
+    assert command[:2] == ["diablo-theory", "sweep"]
+    assert (ROOT / command[2]).is_file()
+    assert (ROOT / command[command.index("--collected") + 1]).is_dir()
+
+
 def test_a_headline_names_diablo_s_run_file_and_no_strangers():
     keys = {"kind": "headline", "suite": "code", "model": "m", "against": ["lora"]}
     with pytest.raises(ValidationError, match="runs must name DiaBlo's run file"):

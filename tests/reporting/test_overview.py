@@ -119,6 +119,12 @@ def test_deviations_are_those_of_readme(parts):
     assert not frame["What is done"].str.contains("\n").any()
 
 
+def test_deviations_of_other_papers_are_said_to_be_missing(tmp_path):
+    shutil.copytree(ROOT / "paper_results" / "published", tmp_path / "papers" / "published")
+    parts = overview(Evidence(tmp_path, tmp_path / "papers"), DAY, pd.DataFrame(columns=["input", "date"]))
+    assert next(part for part in parts if part.id == "deviations").text.startswith("Those of the code are listed")
+
+
 def test_ages_are_counted_from_the_day_of_the_report(saved):
     made = pd.DataFrame(
         [{"input": "x", "date": "2030-01-01"}, {"input": "y", "date": ""}, {"input": "z", "date": "2030-01-02"}]

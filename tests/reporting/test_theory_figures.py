@@ -86,6 +86,15 @@ def test_a_damaged_descent_is_told_with_its_producer(tmp_path, content, message)
         read_descent(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"), [(slice(0), "holds no descent"), (slice(1), r"no step of \w+ where the premise \w+; `diablo")]
+)
+def test_a_descent_cut_short_is_told(tmp_path, rows, message):
+    pd.read_csv(SAVED / "descent" / "descent.csv")[rows].to_csv(tmp_path / "descent.csv", index=False)
+    with pytest.raises(ResultsError, match=message):
+        read_descent(tmp_path)
+
+
 def test_the_diagram_counts_parameters_of_both_methods():
     words = [text.get_text() for axes in method_diagram().axes for text in axes.texts]
     assert r"trained: $m_1 m_2 \, / \, N$ entries" in words

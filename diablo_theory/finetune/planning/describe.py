@@ -140,7 +140,8 @@ def _memory_rows(plan: Plan) -> Iterator[Row]:
         yield "keys and values", _gib(held.cache_bytes), "of the largest decoded batch with its beams, at its end"
     yield "peak on a device", _gib(held.peak_bytes), "training or decoding, the larger"
     yield "memory of a device", f"{plan.device_gib:.1f} GiB", plan.device.source
-    yield "fits", plan.fits, "barely: by less than the estimate's error of 15%"
+    room = {"yes": "more room than", "barely": "less room than", "no": "no room, whatever"}[plan.fits]
+    yield "fits", plan.fits, f"{room} the estimate's error of 15%"
 
 
 def _time_rows(plan: Plan) -> Iterator[Row]:

@@ -16,8 +16,16 @@ from diablo_theory.reporting.tables import interval, task_name
 
 SUITES = "reproduced/suites"
 Scale = Literal["small", "full"]
-_RUN = "`diablo-theory sweep` of what is missing, then `diablo-theory collect`"
-_SEEDS = "more seeds: `diablo-theory sweep FILE --vary seed=3,4,...`, then `diablo-theory collect`"
+_KEPT = "paper_results/reproduced/suites"
+_SWEEP = (
+    f"`diablo-theory sweep experiments/sweeps/small_scale.yaml --collected {_KEPT} --out RUNS`, then "
+    f"`diablo-theory collect RUNS {_KEPT} --out {_KEPT}` (minutes a run on two cores)"
+)
+_RUN = {"small": _SWEEP, "full": "`diablo-theory sweep` of the suite's run files, then `diablo-theory collect`"}
+_SEEDS = {
+    "small": f"{_SWEEP}, with more seeds in that file",
+    "full": "`diablo-theory sweep` of the suite's run files with `--vary seed=...`, then `diablo-theory collect`",
+}
 
 
 class Compared(Question):
@@ -60,14 +68,16 @@ class Compared(Question):
             named = ", ".join(f"{method_name(method)} on {task_name(task)}" for method, task in missing)
             text = f"of {named} fewer than {self.seeds} seeds are collected"
             scale = _scale(self.scale, rows)
-            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN, tables_of(rows["suite"]), figures)
+            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN[self.scale], tables_of(rows["suite"]), figures)
         if len(set(rows["base"])) > 1:
             rows = rows.assign(label=rows["label"] + " (" + rows["base"] + ")")
         outcome, text = compared(rows, self.metric, self.margin)
         died = rows[rows["diverged"] > 0]
         if lost := [f"{label} on {task_name(task)}" for label, task in zip(died["label"], died["task"], strict=True)]:
             text += f"; of {', '.join(lost)} some seeds diverged"
-        return Answer(outcome, text, _scale(self.scale, rows), SUITES, _SEEDS, tables_of(rows["suite"]), figures)
+        return Answer(
+            outcome, text, _scale(self.scale, rows), SUITES, _SEEDS[self.scale], tables_of(rows["suite"]), figures
+        )
 
 
 def _scale(scale: Scale, rows: pd.DataFrame) -> str:
@@ -167,7 +177,7 @@ class GradientNorms(Question):
         scale, figures = _scale(self.scale, rows), ("gradient_norms",)
         if len(pairs) < self.pairs:
             text = f"{len(pairs)} pairs of runs of DiaBlo and {method_name(self.over)}; {self.pairs} are needed"
-            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN)
+            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN[self.scale])
         ratios = np.log(pairs["diablo"] / pairs[self.over])
         error = float(ratios.std() / len(ratios) ** 0.5)
         half = float(student.ppf(0.975, len(ratios) - 1)) * error
@@ -184,4 +194,4 @@ class GradientNorms(Question):
         text += f"diverged: {', '.join(lost)}" if lost else "no run of DiaBlo's diverged"
         outcome = Outcome.HOLDS if high < 1 else Outcome.FAILS if low > 1 else Outcome.OPEN
         tables = tables_of(pairs.index.get_level_values("train_on"))
-        return Answer(Outcome.FAILS if lost else outcome, text, scale, SUITES, _SEEDS, tables, figures)
+        return Answer(Outcome.FAILS if lost else outcome, text, scale, SUITES, _SEEDS[self.scale], tables, figures)

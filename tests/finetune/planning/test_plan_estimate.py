@@ -40,6 +40,8 @@ def test_whether_it_fits_allows_for_the_error(commonsense):
     needs = commonsense.peak_gib
     assert [on(needs * factor).fits for factor in (0.99, 1.01, 1.14, 1.16)] == ["no", "barely", "barely", "yes"]
     assert commonsense.fits == "yes"
+    how = on(needs * 1.01).table().set_index("quantity")["how"], commonsense.table().set_index("quantity")["how"]
+    assert [table["fits"].partition(" the")[0] for table in how] == ["less room than", "more room than"]
 
 
 def test_the_table_gives_every_number_with_its_origin(commonsense):
