@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diablo_theory.cli import common
+from diablo_theory.cli.common import console
 from diablo_theory.finetune.config import ELSEWHERE, resolve
 from diablo_theory.progress import Board
 from diablo_theory.records import METRICS
@@ -74,7 +75,7 @@ def test_scores_that_are_not_of_the_test_split_say_so(shell, words):
 
 
 def test_scores_have_the_intervals_that_collect_gives(shell, tmp_path, words, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(console, "width", 400)
     run = "results/words/diablo"
     told = [
         shell("train", "words/diablo.yaml", *RUN, "steps=20", "learning_rate=1e-2", "eval_items=40", "--out", run)[1]
@@ -97,7 +98,7 @@ def test_scores_have_the_intervals_that_collect_gives(shell, tmp_path, words, mo
 
 
 def test_a_run_whose_predictions_are_gone_has_scores_without_intervals(shell, tmp_path, words, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(console, "width", 400)
     shell("train", "words/lora.yaml", *RUN, "--out", "results/run")
     (tmp_path / "results/run/predictions/word_problems.csv").unlink()
     for command in ("status", "show"):

@@ -17,7 +17,7 @@ from diablo_theory.errors import ResultsError
 from diablo_theory.files import cache_folder, read_json, write_json
 from diablo_theory.records import PREDICTIONS
 from diablo_theory.reporting import intervals
-from diablo_theory.reporting.ended_runs import read_outcomes
+from diablo_theory.reporting.ended_runs import read_outcomes, rescored
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, Estimate
 from diablo_theory.reporting.suites import metrics_of
 from diablo_theory.reporting.tables import interval
@@ -99,7 +99,7 @@ def _key(file: Path, scores: dict[str, Any]) -> str:
     try:
         whole = hashlib.sha256(file.read_bytes())
     except OSError as error:
-        raise ResultsError(f"{file} cannot be read ({error.strerror})") from error
+        raise ResultsError(f"{file} cannot be read ({error.strerror}). {rescored(file.parents[1])}") from error
     made_by = [inspect.getsource(intervals), version("numpy"), version("scipy")]
     whole.update(json.dumps([scores, made_by]).encode())
     return whole.hexdigest()[:24]

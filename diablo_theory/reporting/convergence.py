@@ -37,9 +37,9 @@ def read_descent(folder: Path) -> pd.DataFrame:
     table = read_table(file, COLUMNS, command)
     for (premise, method), run in table.groupby(["premise", "method"]):
         if not (run["iteration"] > 0).any():
-            raise ResultsError(f"{file} is cut short: no step of {method} where the premise {premise}; `{command}`")
-    if table.empty:
-        raise ResultsError(f"{file} holds no descent; `{command}` makes one")
+            raise ResultsError(
+                f"{file} is cut short: no step of {method} where the premise {premise}; `{command}` writes it"
+            )
     return table
 
 

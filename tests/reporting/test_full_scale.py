@@ -10,8 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from diablo_theory.finetune.config import load_run
+from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.reporting import intervals
 from diablo_theory.reporting.claims import read_claims
+from diablo_theory.reporting.comparisons import EPOCHS
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.overview import overview
 from diablo_theory.reporting.questions import Outcome
@@ -182,6 +184,12 @@ def test_runs_land_beside_the_published_numbers():
     assert "Seconds a step" not in table
     code = next(part.frame for title, part in shown.items() if title.startswith("Code: repr"))
     assert {"pass@1, %", "pass@5, %", "pass@10, %"} <= set(code)
+
+
+def test_an_epoch_is_that_of_the_plans():
+    files = (ROOT / "experiments" / "efficiency").glob("*.yaml")
+    assert {load_run(file, {}).train_on for file in files} == set(EPOCHS)
+    assert {name: DATASETS[name].examples for name in EPOCHS} == EPOCHS
 
 
 def test_models_of_one_suite_are_told_apart():
