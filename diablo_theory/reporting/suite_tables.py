@@ -26,13 +26,13 @@ LESS = {
     "exact_match": ("Exact match minus DiaBlo's, points", 1),
     "pass@1": ("pass@1 minus DiaBlo's, points", 1),
     "safe": ("Safe minus DiaBlo's, points", 1),
+    "loss_per_token": ("Loss minus DiaBlo's, nats/token", 4),
 }
 #: What training cost, where a suite measures it: heading, digits.
 COSTS = {
     "seconds_per_step": ("Seconds a step", 3),
     "minutes_per_epoch": ("Minutes an epoch", 0),
     "peak_memory_mib": ("Peak memory, MiB", 0),
-    "loss_per_token": ("Loss minus DiaBlo's, nats/token", 4),
 }
 #: What every number of these tables is.
 NOTE = (

@@ -1,6 +1,7 @@
 """Sections of collected suites, from outcomes that are made up."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from diablo_theory.reporting.drawing import base_names
 from diablo_theory.reporting.style import save
 from diablo_theory.reporting.suite_plots import methods, settings
 from diablo_theory.reporting.suite_tables import (
+    COSTS,
     LESS,
     build_sections,
     readable_section,
@@ -97,7 +99,11 @@ def test_words(sections):
     table = words["methods"].set_index(["Task", "Method"])
     assert table.loc[("Word problems", "Untouched model"), "Learning rate"] == "—"
     assert table.loc[("Word problems", "DiaBlo N=64"), LESS["exact_match"][0]] == "—"
-    assert table.loc[("Word problems", "LoRA r=5"), LESS["exact_match"][0]][0] in "+−"
+    for metric in ("exact_match", "loss_per_token"):
+        assert re.fullmatch(
+            r"[+−][\d.]+ \([+−][\d.]+ to [+−][\d.]+\)", table.loc[("Word problems", "LoRA r=5"), LESS[metric][0]]
+        )
+    assert not {heading for heading, _ in COSTS.values()} & set(table)
     assert table.loc[("BoolQ", "LoRA r=5"), "By likelihood, %"] != "—"
     assert "By likelihood, %" not in words["patterns"]
     assert list(words["bases"]["Base"]) == ["float32"] * 2 + ["4 bits, rtn"] * 2
