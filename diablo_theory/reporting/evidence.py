@@ -107,22 +107,28 @@ class Evidence:
 
     @cached_property
     def differences(self) -> pd.DataFrame:
-        """Every experiment's score minus DiaBlo's, with what the experiment is; DiaBlo's own score as ``diablo``."""
+        """Every experiment's score minus DiaBlo's, with what the experiment is.
+
+        DiaBlo's own score is ``diablo``; how many of its seeds diverged, ``diablo_diverged``.
+        """
         about = ["experiment", "suite", "model", "method", "label", "base", "scale", "num_blocks", "learning_rate"]
         about += ["diverged"]
-        own = self.scores[["experiment", "task", "metric", "value"]]
-        own = own.rename(columns={"experiment": "reference", "value": "diablo"})
+        own = self.scores[["experiment", "task", "metric", "value", "diverged"]]
+        own = own.rename(columns={"experiment": "reference", "value": "diablo", "diverged": "diablo_diverged"})
         found = differences(self.suites).merge(own, on=["reference", "task", "metric"])
         return found.merge(self.scores[about].drop_duplicates("experiment"), on="experiment")
 
     @cached_property
     def training(self) -> pd.DataFrame:
-        """Every step of every collected run, with the run's method, task, seed and experiment."""
+        """Every step of every collected run, with the run's method, task, seed and experiment.
+
+        A run that logged none has a row without a step.
+        """
         named = experiments(self.suites).merge(
             self.suites.configs[["run_id", "suite", "model", "method", "train_on", "seed", "scale", "state"]],
             on="run_id",
         )
-        return self.suites.training.merge(named, on="run_id")
+        return named.merge(self.suites.training, on="run_id", how="left")
 
     @cached_property
     def steps(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -147,15 +153,18 @@ class Evidence:
         return f"{found[1]}, {found[2].replace(' at 30 to 50% of the peak rate', '')}"
 
     def of_run(self, run: str) -> pd.DataFrame:
-        """What collected runs of a run file scored: rows of :attr:`scores`, each task and metric once.
+        """What collected runs of a run file scored: rows of :attr:`scores`, of one experiment.
 
         Of several experiments with what the file says (a model's weights may differ) it is the one of the most seeds.
         Arguments and errors are those of :meth:`needs`.
         """
+        file = _run_file(run)
+        stated = read_yaml(experiments_folder() / "defaults.yaml") | read_yaml(file) | {"suite": file.parent.name}
+        ids = made_from(self.suites.configs, stated)["run_id"]
         named = experiments(self.suites)
-        ids = made_from(self.suites.configs, read_yaml(_run_file(run)))["run_id"]
         own = self.scores[self.scores["experiment"].isin(named.loc[named["run_id"].isin(ids), "experiment"])]
-        return own.sort_values("seeds", kind="stable").drop_duplicates(["task", "metric"], keep="last")
+        most = own.sort_values("seeds", kind="stable")["experiment"].tail(1)
+        return own[own["experiment"].isin(most)]
 
     @cached_property
     def layers(self) -> pd.DataFrame:

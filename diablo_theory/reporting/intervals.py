@@ -142,11 +142,18 @@ def mean_score(tasks: Sequence[pd.DataFrame], metric: str, seed: int = 0) -> Est
     draws = [rng.permutation(draw) for draw in draws]
     by_seed = np.mean([_by_seed(top, bottom) for top, bottom, _ in cubes], axis=0)
     units = [int(clusters.max()) + 1 for _, _, clusters in cubes]
-    percentage, value = _columns(metric)[1] is None, float(by_seed.mean())
-    if percentage and value in (0.0, 100.0):
-        return _of_all_or_none(value, sum(units), n, len(seeds[0]))
     found = _estimate(np.mean(draws, axis=0), by_seed, min(units), n)
-    return _within(found, 0.0, 100.0 if percentage else np.inf)
+    if _columns(metric)[1] is not None:
+        return _within(found, 0.0, np.inf)
+    # A task that is all solved, or not at all, leaves nothing to resample; it has the width of Wilson's interval.
+    below, above = [found.value - found.low], [found.high - found.value]
+    for (top, _, _), count in zip(cubes, units, strict=True):
+        if np.ptp(top) == 0 and top.flat[0] in (0.0, 100.0):
+            bound = _of_all_or_none(float(top.flat[0]), count, n, len(seeds[0]))
+            below.append((bound.value - bound.low) / len(cubes))
+            above.append((bound.high - bound.value) / len(cubes))
+    low, high = found.value - float(np.linalg.norm(below)), found.value + float(np.linalg.norm(above))
+    return _within(replace(found, low=low, high=high), 0.0, 100.0)
 
 
 def independent_difference(first: Estimate, second: Estimate) -> Estimate:

@@ -21,8 +21,9 @@ from diablo_theory.reporting.suites import (
     suites_of,
 )
 
-#: Keys of how a run is done, not of what it is: how its batches are divided, how often it saves.
-TECHNICAL = ("data_root", "device", "eval_batch_size", "micro_batch_size", "save_every", "keep_weights")
+#: Keys of how a run is done, not of what it is: where, how its batches are divided; and what it keeps.
+TECHNICAL = ("data_root", "device", "eval_batch_size", "micro_batch_size", "gradient_checkpointing")
+STORAGE = ("save_every", "keep_weights")
 
 
 def gather(sources: Sequence[Path], *, replace: bool = False) -> Suites:
@@ -76,14 +77,14 @@ def collected(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> set[str
 
 
 def made_from(configs: pd.DataFrame, stated: Mapping[str, Any]) -> pd.DataFrame:
-    """Runs of a collection that say what a run file says.
+    """Runs of a collection that are what a run file says.
 
     Args:
         configs: A row a run, of a collection.
-        stated: The file's keys. A model is known by the last part of its name, which a local folder has, too; the seed
-            and keys of how a run is done alone tell none from another.
+        stated: The file's keys, over those of the defaults. A model is known by the last part of its name, which a
+            local folder has, too; the seed and keys of how a run is done alone tell none from another.
     """
-    keys = [key for key in config_keys(configs) if key not in {"model", "seed", *TECHNICAL}]
+    keys = [key for key in config_keys(configs) if key not in {"model", "seed", *TECHNICAL, *STORAGE}]
     wanted = {key: stated[key] for key in keys if key in stated}
     records = configs[keys].to_dict("records")
     same = [_agree({str(key): value for key, value in run.items()}, wanted) for run in records]

@@ -29,23 +29,25 @@ from diablo_theory.reporting.questions.runs import tables_of
 from diablo_theory.reporting.suite_tables import NOTE, readable_section, summary, title
 from diablo_theory.reporting.tables import task_name
 
-#: Suites of the paper: heading, published suites, sections of collected runs that belong beside them.
-SUITES = {
-    "Commonsense reasoning": (("commonsense",), ("commonsense", "methods")),
-    "Arithmetic reasoning": (("arithmetic", "math_10k"), ("arithmetic", "methods")),
-    "Arithmetic reasoning from 100,000 examples": (("arithmetic_100k",), ()),
-    "GSM8K alone": (("gsm8k",), ()),
-    "Quantised models": (("quantised", "quantised_gsm8k"), ("bases",)),
-    "Quantisers alone": (("quantisers",), ()),
-    "Sparsity patterns": (("patterns",), ("patterns",)),
-    "Number of blocks, learning rates": ((), ("blocks", "learning_rates")),
-    "Code": (("code",), ("code",)),
-    "Code from 100,000 examples": (("code_100k",), ()),
-    "Safety": (("safety",), ("safety",)),
-    "Efficiency": (("efficiency",), ("efficiency",)),
+#: Suites of the paper: heading, published suites, and sections of collected runs that belong beside them, each with
+#: the tasks that do (none: all).
+SUITES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "Commonsense reasoning": (("commonsense",), {"commonsense": (), "methods": ("boolq", "arc_easy")}),
+    "Arithmetic reasoning": (
+        ("arithmetic", "math_10k"),
+        {"arithmetic": ("gsm8k_metamath", "math", AVERAGE), "methods": ("word_problems", "gsm8k")},
+    ),
+    "Arithmetic reasoning from 100,000 examples": (("arithmetic_100k",), {}),
+    "GSM8K alone": (("gsm8k",), {"arithmetic": ("gsm8k",)}),
+    "Quantised models": (("quantised", "quantised_gsm8k"), {"bases": ()}),
+    "Quantisers alone": (("quantisers",), {}),
+    "Sparsity patterns": (("patterns",), {"patterns": ()}),
+    "Number of blocks, learning rates": ((), {"blocks": (), "learning_rates": ()}),
+    "Code": (("code",), {"code": ()}),
+    "Code from 100,000 examples": (("code_100k",), {}),
+    "Safety": (("safety",), {"safety": ()}),
+    "Efficiency": (("efficiency",), {"efficiency": ()}),
 }
-#: Of the section with the methods: the tasks whose own suites stand for one of the paper's at small scale.
-TASKS = {"Commonsense reasoning": ("boolq", "arc_easy"), "Arithmetic reasoning": ("word_problems", "gsm8k")}
 _DEVIATION = re.compile(r"^- `([a-z0-9-]+)`: (.*(?:\n  .*)*)", re.MULTILINE)
 
 
@@ -121,17 +123,17 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
     if published is None and not sections:
         return
     shown: list[Shown] = []
-    shown_sections = {name for _, of_runs in SUITES.values() for name in of_runs}
-    others = {title(name): ((), (name,)) for name in sections if name not in shown_sections}
-    for heading, (names, of_runs) in {**SUITES, **others}.items():
+    others = _others(sections)
+    headings = SUITES | ({"Beside the paper's suites": ((), others)} if others else {})
+    for heading, (names, of_runs) in headings.items():
         if published is not None and names:
             frame = readable_published(published[published["suite"].isin(names)])
             ids, figures = tuple(f"published-{name}" for name in names), PUBLISHED_FIGURES.get(names[0], ())
             shown.append(Shown(f"{heading}: published, at full scale", frame, ids, figures))
         before = len(shown)
-        for name in [name for name in of_runs if name in sections]:
-            frame = sections[name]
-            chosen = frame[frame["task"].isin(TASKS[heading])] if name == "methods" else frame
+        for name, tasks in of_runs.items():
+            frame = sections.get(name, pd.DataFrame(columns=["task"]))
+            chosen = frame[frame["task"].isin(tasks)] if tasks else frame
             if not chosen.empty:
                 models, scales = (" and ".join(dict.fromkeys(chosen[key])) for key in ("model", "scale"))
                 what = f"{models} at {scales} scale"
@@ -152,6 +154,18 @@ def _suites(evidence: Evidence) -> Iterable[Part]:
         f"{NOTE}"
     )
     yield Part("suites", "Published beside reproduced", text, _once(shown))
+
+
+def _others(sections: dict[str, pd.DataFrame]) -> dict[str, tuple[str, ...]]:
+    """Sections, with their tasks, that belong beside no suite of the paper."""
+    named = [of_runs for _, of_runs in SUITES.values()]
+    found = {}
+    for name, frame in sections.items():
+        tasks = [of_runs[name] for of_runs in named if name in of_runs]
+        rest = set(frame["task"]) - {task for some in tasks for task in some}
+        if () not in tasks and rest:
+            found[name] = tuple(sorted(rest))
+    return found
 
 
 def _once(shown: list[Shown]) -> list[Shown]:

@@ -119,7 +119,20 @@ _NEEDED = {
     CONFIGS: (
         *("run_id", "suite", "model", "method", "num_blocks", "learning_rate", "train_on", "evaluate_on", "quantise"),
         *("dtype", "eval_split", "seed", "scale", "label", "state", "model_sha256", "trainable_params"),
-        *("train_seconds", "conditions", "train_data", "data", "date", "commit", "dirty", "cpu", "device"),
+        *(
+            "batch_size",
+            "steps_done",
+            "peak_memory_mib",
+            "train_seconds",
+            "conditions",
+            "train_data",
+            "data",
+            "date",
+            "commit",
+            "dirty",
+            "cpu",
+            "device",
+        ),
         *("torch", "peft", "transformers"),
     ),
     OUTCOMES: (

@@ -116,6 +116,7 @@ def differences(*rows):
         diablo=np.where(frame["metric"] == LOSS, 0.4, 50.0),
         seeds=3,
         diverged=0,
+        diablo_diverged=0,
         experiment=range(len(frame)),
         reference=99,
     )
@@ -293,7 +294,7 @@ def test_norms_are_told_with_their_ratio():
     assert found.evidence.endswith("no run of DiaBlo's diverged")
     assert found.scale == "tiny, small scale"
     few = ask(NORMS, training=training((2, 3)))
-    assert few.evidence == "2 pairs of runs of DiaBlo and LoRA; 3 are needed"
+    assert few.evidence == "2 pairs of runs of DiaBlo and LoRA; 3 are needed; no run of DiaBlo's diverged"
 
 
 def test_norms_are_those_of_finished_runs_that_differ_in_the_method_alone():
@@ -302,6 +303,9 @@ def test_norms_are_those_of_finished_runs_that_differ_in_the_method_alone():
     found = ask(NORMS, training=pd.concat([rows, died]))
     assert found.outcome == Outcome.FAILS
     assert found.evidence.endswith("below 1 in 3 of 3 pairs of runs; diverged: diablo9")
+    early = died.assign(step=np.nan, grad_norm=np.nan)  # before it logged a step
+    assert ask(NORMS, training=pd.concat([rows, early])).outcome == Outcome.FAILS
+    assert ask(NORMS | {"pairs": 9}, training=pd.concat([rows, early])).outcome == Outcome.FAILS
     other_rate = rows[(rows["method"] == "diablo") & (rows["seed"] == 1)].assign(grad_norm=1.0, run_id="other")
     assert "2 of 2 pairs" in ask(NORMS | {"pairs": 2}, training=pd.concat([rows, other_rate])).evidence
     for nothing in (rows.assign(scale="full"), rows[rows["method"] == "lora"], rows.iloc[:0]):

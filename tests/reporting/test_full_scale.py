@@ -1,6 +1,8 @@
 """What the paper's runs would do to claims, tables and figures, from run files and made-up outcomes."""
 
 import json
+import re
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -126,7 +128,7 @@ def test_every_headline_is_decided_by_the_runs_that_it_names(headlines):
         missing = set(question.methods) - set(question.runs)
         assert found.outcome == (Outcome.OPEN if missing else Outcome.HOLDS), name
         assert found.evidence.startswith("DiaBlo is ahead of"), name
-        assert ("; not run: " in found.evidence) == bool(missing)
+        assert ("; not run, or not on all: " in found.evidence) == bool(missing)
         worse = {file: 1.4 - share for file, share in shares.items()}
         assert answer(headlines, name, worse).outcome == Outcome.FAILS, name
         alone = answer(headlines, name, {question.runs["diablo"]: 0.9})
@@ -135,7 +137,15 @@ def test_every_headline_is_decided_by_the_runs_that_it_names(headlines):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scale": "small"}, {"model": "another"}, {"learning_rate": 1.0}, {"evaluate_on": ["boolq"]}]
+    "changes",
+    [
+        {"scale": "small"},
+        {"model": "another"},
+        {"learning_rate": 1.0},
+        {"evaluate_on": ["boolq"]},
+        {"suite": "code"},
+        {"weight_decay": 0.1},  # which the files leave to the defaults
+    ],
 )
 def test_other_runs_do_not(headlines, changes):
     assert answer(headlines, "commonsense-llama-13b", {DIABLO: 0.9, DORA: 0.5}, **changes).source == "published"
@@ -155,6 +165,33 @@ def test_of_two_numbers_of_blocks_the_headline_s_own_decides(headlines):
     assert "behind LoRA" in found.evidence
 
 
+def test_seeds_that_diverged_keep_a_headline_from_holding(headlines):
+    suites = collected({DIABLO: 0.9, DORA: 0.5}, seeds=(0, 1))
+    one, all_of_it = (suites.configs["run_id"].str.contains(text) for text in ("diablo-seed=1", "diablo-seed"))
+    for gone, outcome, words in (
+        (one, Outcome.OPEN, "DiaBlo is ahead of DoRA on Average by .*; of DiaBlo 1 of 2 seeds diverged; printed"),
+        (all_of_it, Outcome.OPEN, "no pair of scores; .*; of DiaBlo 2 of 2 seeds diverged; printed"),
+    ):
+        configs = suites.configs.assign(state=np.where(gone, "diverged", "finished"))
+        left = suites.outcomes[~suites.outcomes["run_id"].isin(configs.loc[gone, "run_id"])]
+        found = headlines["commonsense-llama-13b"].ask(evidence(replace(suites, configs=configs, outcomes=left)))
+        assert found.outcome == outcome
+        assert re.search(words, found.evidence)
+
+
+def test_a_headline_needs_every_table(headlines):
+    files = headlines["arithmetic"].runs
+    suites = collected(dict.fromkeys(files.values(), 0.5))
+    # A further seed that was scored on one task alone leaves no average over the same tasks for every seed.
+    more = collected({files["lora"]: 0.5}, seeds=(1,), evaluate_on=["gsm8k_metamath"])
+    pairs = zip(suites.frames().values(), more.frames().values(), strict=True)
+    both = Suites(*(pd.concat(pair, ignore_index=True) for pair in pairs))
+    found = headlines["arithmetic"].ask(evidence(both))
+    assert "not run, or not on all: LoRA" in found.evidence
+    assert "LoRA on" not in found.evidence
+    assert "PiSSA on Average, GSM8K and MATH" in found.evidence  # in the order of the claim
+
+
 def test_bits_are_told_apart(headlines):
     four = {"quantised/4bit_magr-diablo.yaml": 0.9, "quantised/4bit_optq-lora.yaml": 0.5}
     assert answer(headlines, "two-bits", four).source == "published"
@@ -164,13 +201,19 @@ def test_bits_are_told_apart(headlines):
 def test_runs_land_beside_the_published_numbers():
     shares = {DIABLO: 0.9, DORA: 0.5, "code/llama3-8b_diablo.yaml": 0.4, "safety/llama3-8b_lora.yaml": 0.9}
     shares |= {"efficiency/diablo.yaml": 0.5, "arithmetic/llama2-7b_full.yaml": 0.6, "gradients/diablo.yaml": 0.5}
+    shares |= {"arithmetic/gsm8k_llama2-7b_diablo.yaml": 0.6, "docstrings/diablo.yaml": 0.5}
     parts = overview(evidence(collected(shares)), date(2030, 1, 2), pd.DataFrame(columns=["input", "date"]))
     shown = {part.title: part for part in next(part for part in parts if part.id == "suites").shown}
-    for heading in ("Commonsense reasoning", "Arithmetic reasoning", "Code", "Safety", "Efficiency", "Gradients"):
+    for heading in ("Commonsense reasoning", "Arithmetic reasoning", "GSM8K alone", "Code", "Safety", "Efficiency"):
         own = [part for title, part in shown.items() if title.startswith(f"{heading}: reproduced, ")]
         assert len(own) == 1, heading
         assert "at full scale" in own[0].title
         assert f"{heading}: nothing reproduced here yet" not in shown
+    beside = [title for title in shown if title.startswith("Beside the paper's suites: reproduced, ")]
+    assert [title.rpartition(" (")[2] for title in beside] == [
+        "methods at equal numbers of trainable parameters)",
+        "gradients)",
+    ]
     table = next(part.frame for title, part in shown.items() if title.startswith("Commonsense reasoning: repr"))
     assert table["Task"].tolist()[-2:] == ["Average"] * 2
     assert table.set_index(["Task", "Method"]).loc[("Average", "dora"), "Exact match, %"].startswith("50.0 (")

@@ -223,7 +223,13 @@ def test_an_average_needs_the_same_seeds_and_has_a_width_where_all_is_solved():
     with pytest.raises(ResultsError, match="not every task was scored for the same seeds"):
         intervals.mean_score([frame(np.ones(4)), frame(np.ones(4), seed=1)], "exact_match")
     found = intervals.mean_score([frame(np.ones(10)), frame(np.ones(20))], "exact_match")
-    assert (found.value, found.high, found.low) == (100.0, 100.0, intervals.wilson(30, 30).low)
+    assert (found.value, found.high) == (100.0, 100.0)
+    # Tasks weigh alike: the smaller one's width counts in full.
+    widths = [100 - intervals.wilson(n, n).low for n in (10, 20)]
+    assert found.low == pytest.approx(100 - np.hypot(*widths) / 2)
+    apart = intervals.mean_score([frame(np.ones(20)), frame(np.zeros(20))], "exact_match")
+    assert apart.value == 50.0
+    assert apart.high - apart.low == pytest.approx(2 * intervals.wilson(0, 20).high / 2)
     assert np.isnan(intervals.mean_score([frame(np.ones(4)), frame(np.ones(4))], "lenient_match").value)
 
 

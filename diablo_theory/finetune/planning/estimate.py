@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -98,7 +99,7 @@ def sharded_until_it_fits(found: Plan) -> Plan | None:
     work = found.work
     while work.batch_size % (2 * work.devices) == 0:
         devices = 2 * work.devices
-        micro = min(work.micro, work.batch_size // devices)
+        micro = math.gcd(work.micro, work.batch_size // devices)
         work = replace(work, devices=devices, sharding="fsdp", micro_batch=micro)
         if (larger := plan(work, found.device)).fits == "yes":
             return larger

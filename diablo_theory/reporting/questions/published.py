@@ -68,23 +68,24 @@ class Headline(Question):
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
         printed = self._printed(evidence)
-        own = self._own(evidence)
+        own, lost = self._own(evidence), self._lost(evidence)
         published, figures = f"published-{self.suite}", PUBLISHED_FIGURES.get(self.suite, ())
-        if own.empty:
+        if own.empty and not lost:
             where, text = "the paper's own numbers, not reproduced", printed
             return Answer(Outcome.OPEN, text, where, "published", self._decides(evidence), (published,), figures)
-        outcome, text = compared(own, self.metric, MARGIN)
+        outcome, text = (Outcome.OPEN, "no pair of scores") if own.empty else compared(own, self.metric, MARGIN)
         missing = [method_name(method) for method in self.methods if method not in set(own["method"])]
-        if missing:
-            text += f"; not run: {', '.join(missing)}"
-            outcome = min(outcome, Outcome.OPEN)
-        seeds = int(own["seeds"].min())
+        text += f"; not run, or not on all: {', '.join(missing)}" if missing else ""
+        text += "".join(f"; of {method_name(method)} {told} diverged" for method, told in lost.items())
+        # A training that did not survive is no success, and no comparison.
+        outcome = min(outcome, Outcome.OPEN) if missing or lost else outcome
+        seeds = int(own["seeds"].min()) if len(own) else 0
         return Answer(
             outcome,
             f"{text}; printed: {printed}",
-            f"full scale, {seeds} seed{'s' if seeds > 1 else ''}",
+            f"full scale, {seeds} seed{'' if seeds == 1 else 's'}",
             SUITES,
-            self._decides(evidence) if missing else "more seeds of the same runs",
+            self._decides(evidence) if missing or lost else "more seeds of the same runs",
             (*tables_of([self.suite]), published),
             figures,
         )
@@ -104,13 +105,29 @@ class Headline(Question):
         diablo = scores.pop("diablo")
         rows = []
         for method, found in scores.items():
-            for table in found.keys() & diablo.keys():
+            if set(self.tables) - (found.keys() & diablo.keys()):
+                continue  # by some of the tables alone it would be another claim
+            for table in self.tables:
                 less = independent_difference(found[table], diablo[table])
                 interval = {"value": less.value, "low": less.low, "high": less.high, "seeds": less.seeds}
                 about = {"method": method, "label": method_name(method), "task": table}
                 rows.append(about | interval | {"diablo": diablo[table].value, "must_lead": method in self.against})
         columns = ["method", "label", "task", "value", "low", "high", "seeds", "diablo", "must_lead"]
         return pd.DataFrame(rows, columns=columns)
+
+    def _lost(self, evidence: Evidence) -> dict[str, str]:
+        """Methods of which seeds diverged at full scale, with how many."""
+        found = {}
+        for method, file in self.runs.items():
+            try:
+                rows = evidence.of_run(file)
+            except NotMadeError:
+                return {}
+            rows = rows[(rows["scale"] == "full") & (rows["diverged"] > 0)]
+            if len(rows):
+                died, seeds = int(rows["diverged"].max()), int(rows["seeds"].max())
+                found[method] = f"{died} of {died + seeds} seeds"
+        return found
 
     def _scores(self, evidence: Evidence, file: str) -> dict[str, Estimate]:
         try:

@@ -69,11 +69,14 @@ class Compared(Question):
             text = f"of {named} fewer than {self.seeds} seeds are collected"
             scale = _scale(self.scale, rows)
             return Answer(Outcome.OPEN, text, scale, SUITES, _RUN[self.scale], tables_of(rows["suite"]), figures)
+        rows = rows[rows["seeds"] >= self.seeds]
         if len(set(rows["base"])) > 1:
             rows = rows.assign(label=rows["label"] + " (" + rows["base"] + ")")
         outcome, text = compared(rows, self.metric, self.margin)
-        died = rows[rows["diverged"] > 0]
-        if lost := [f"{label} on {task_name(task)}" for label, task in zip(died["label"], died["task"], strict=True)]:
+        died, without = rows[rows["diverged"] > 0], rows[rows["diablo_diverged"] > 0]
+        lost = [f"{label} on {task_name(task)}" for label, task in zip(died["label"], died["task"], strict=True)]
+        lost += [f"DiaBlo on {task_name(task)}" for task in dict.fromkeys(without["task"])]
+        if lost:
             text += f"; of {', '.join(lost)} some seeds diverged"
         return Answer(
             outcome, text, _scale(self.scale, rows), SUITES, _SEEDS[self.scale], tables_of(rows["suite"]), figures
@@ -163,11 +166,11 @@ class GradientNorms(Question):
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
         rows = evidence.training
-        rows = rows[(rows["suite"] == rows["train_on"]) & (rows["scale"] == self.scale) & (rows["step"] > self.after)]
+        rows = rows[(rows["suite"] == rows["train_on"]) & (rows["scale"] == self.scale)]
         rows = rows[rows["method"].isin(["diablo", self.over])]
         lost = sorted(set(rows.loc[(rows["state"] == "diverged") & (rows["method"] == "diablo"), "run_id"]))
         same = ["train_on", "alike", "seed"]
-        rows = rows[rows["state"] == "finished"]
+        rows = rows[(rows["state"] == "finished") & (rows["step"] > self.after)]
         # Of several learning rates or sizes of one method none is the one to compare.
         rows = rows[rows.groupby([*same, "method"])["run_id"].transform("nunique") == 1]
         varies = rows.pivot_table(
@@ -175,9 +178,12 @@ class GradientNorms(Question):
         )
         pairs = varies.reindex(columns=["diablo", self.over]).dropna()
         scale, figures = _scale(self.scale, rows), ("gradient_norms",)
+        died = f"diverged: {', '.join(lost)}" if lost else "no run of DiaBlo's diverged"
         if len(pairs) < self.pairs:
-            text = f"{len(pairs)} pairs of runs of DiaBlo and {method_name(self.over)}; {self.pairs} are needed"
-            return Answer(Outcome.OPEN, text, scale, SUITES, _RUN[self.scale])
+            text = (
+                f"{len(pairs)} pairs of runs of DiaBlo and {method_name(self.over)}; {self.pairs} are needed; {died}"
+            )
+            return Answer(Outcome.FAILS if lost else Outcome.OPEN, text, scale, SUITES, _RUN[self.scale])
         ratios = np.log(pairs["diablo"] / pairs[self.over])
         error = float(ratios.std() / len(ratios) ** 0.5)
         half = float(student.ppf(0.975, len(ratios) - 1)) * error
@@ -191,7 +197,7 @@ class GradientNorms(Question):
             f"standard deviation over mean, DiaBlo against {method_name(self.over)}: {', '.join(tasks)}; the ratio is "
             f"{interval(value, low, high, 2)}, below 1 in {less} of {len(pairs)} pairs of runs; "
         )
-        text += f"diverged: {', '.join(lost)}" if lost else "no run of DiaBlo's diverged"
+        text += died
         outcome = Outcome.HOLDS if high < 1 else Outcome.FAILS if low > 1 else Outcome.OPEN
         tables = tables_of(pairs.index.get_level_values("train_on"))
         return Answer(Outcome.FAILS if lost else outcome, text, scale, SUITES, _SEEDS[self.scale], tables, figures)
