@@ -131,6 +131,7 @@ def read_log(file: Path, steps: int | None, advice: str = AGAIN) -> pd.DataFrame
     lost += [name for name in ("step", "loss", "seconds") if name not in lost and log[name].isna().any()]
     if lost:
         raise ResultsError(f"{file} has no whole column {lost[0]}. {advice}")
-    if log["step"].tolist() != list(range(1, (len(log) if steps is None else steps) + 1)):
-        raise ResultsError(f"{file} does not hold the steps 1 to {len(log) if steps is None else steps}. {advice}")
+    count = len(log) if steps is None else steps
+    if len(log) != count or log["step"].tolist() != list(range(1, count + 1)):
+        raise ResultsError(f"{file} does not hold the steps 1 to {count}. {advice}")
     return log

@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             write_text(README, renewed)
             written.append(README)
-    except DiabloTheoryError as error:
+    except (DiabloTheoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for path in written:

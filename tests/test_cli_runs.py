@@ -107,7 +107,7 @@ def test_a_run_whose_predictions_are_gone_has_scores_without_intervals(shell, tm
         assert re.search(
             r"exact 0.0%, lenient 0.0%, \d\.\d{4} nats/token \[no intervals: .*word_problems\.csv cannot", out
         )
-        assert "`diablo-theory evaluate results/run` writes it again" in " ".join(out.split())
+        assert "move it away, and `diablo-theory evaluate results/run` writes it again" in " ".join(out.split())
     assert shell("evaluate", "results/run")[0] == 0
     assert (tmp_path / "results/run/predictions/word_problems.csv").is_file()
 

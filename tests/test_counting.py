@@ -40,6 +40,7 @@ def test_every_quote_is_explained(counts):
 
 def test_a_quote_that_no_count_gives_has_no_reading(counts):
     assert reading(dict(counts.iloc[0]) | {"quoted_pct": 3.14}) == ""
+    assert reading(dict(counts.iloc[0]) | {"quoted_pct": 3.14, "pct_bare": None}) == ""  # one that was not counted
     other = readable_counts(counts.assign(quoted_pct=3.14, quoted_params=None))
     assert set(other["The quote is"]) == {"none of the ways tried"}
 

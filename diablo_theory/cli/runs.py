@@ -286,6 +286,7 @@ def show(
     from diablo_theory.errors import ConfigError, ResultsError, nearest
     from diablo_theory.files import experiments_folder, read_json
     from diablo_theory.finetune.folder import state
+    from diablo_theory.finetune.saved import PUT_BACK
     from diablo_theory.reading import read_yaml
     from diablo_theory.records import CONFIG, ERROR, PREDICTIONS, read_predictions
     from diablo_theory.reporting.ended_runs import rescored
@@ -297,7 +298,7 @@ def show(
     if not (run / CONFIG).is_file():  # it failed before it could start
         return
     defaults = read_yaml(experiments_folder() / "defaults.yaml")
-    different = {key: value for key, value in read_json(run / CONFIG).items() if defaults.get(key) != value}
+    different = {key: value for key, value in read_json(run / CONFIG, PUT_BACK).items() if defaults.get(key) != value}
     say("  " + ", ".join(f"{key}={value}" for key, value in different.items()))
     if found["metrics"]:
         say("  " + score_lines({run: found})[run])
@@ -364,6 +365,7 @@ def collect(
     Example: `diablo-theory collect results/small_scale --out paper_results/reproduced/suites`
     """
     from diablo_theory.cli.common import wrote
+    from diablo_theory.files import locked
     from diablo_theory.reporting.ended_runs import not_ended
     from diablo_theory.reporting.joining import gather
     from diablo_theory.reporting.suite_tables import readable_sections
@@ -371,10 +373,13 @@ def collect(
     from diablo_theory.reporting.terminal import ascii_text
 
     require_folder(out)
-    suites = gather(sources, replace=replace)
+    # Held from reading on: two that add to one collection would each leave out what the other adds.
+    with locked(out):
+        suites = gather(sources, replace=replace)
+        files = save_suites(suites, out)
     # Not drawn as a table of the terminal's width: that cuts numbers off where it is narrow.
     say(ascii_text(readable_sections(suites)))
     for source in sources:
         if left := [folder.relative_to(source).as_posix() for folder in not_ended(source)]:
             say(f"left out, since they have not ended (see `diablo-theory status {source}`): {', '.join(left)}")
-    wrote(save_suites(suites, out))
+    wrote(files)

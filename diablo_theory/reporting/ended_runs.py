@@ -156,7 +156,10 @@ def read_outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
 
 def rescored(run: Path) -> str:
     """What to do where predictions of a finished run are missing or damaged."""
-    return f"Delete it if it is there, and `diablo-theory evaluate {run}` writes it again."
+    return (
+        f"Put it back as it was; or move it away, and `diablo-theory evaluate {run}` writes it again if the run has "
+        "kept its weights."
+    )
 
 
 def read_training(folder: Path, steps: int | None) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -27,7 +28,8 @@ from diablo_theory.reporting.suites import Suites, read_suites
 _LAYERS: dict[str, Kind] = {
     "layer": "text",
     "premise_holds": "flag",
-    **dict.fromkeys(("block_rows", "energy_rank", "num_blocks", "tokens", "tightness", "leak_share"), "number"),
+    **dict.fromkeys(("block_rows", "energy_rank", "num_blocks", "tokens"), "positive"),
+    **dict.fromkeys(("tightness", "leak_share"), "number"),
     **dict.fromkeys((f"capture_{name}" for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")), "number"),
 }
 
@@ -152,15 +154,18 @@ class Evidence:
             raise ResultsError(f"{file} does not say in its head what hardware and time it needs")
         return f"{found[1]}, {found[2].replace(' at 30 to 50% of the peak rate', '')}"
 
+    def stated(self, run: str) -> dict[str, Any]:
+        """What a run file says, over the defaults; arguments and errors are those of :meth:`needs`."""
+        file = _run_file(run)
+        return read_yaml(experiments_folder() / "defaults.yaml") | read_yaml(file) | {"suite": file.parent.name}
+
     def of_run(self, run: str) -> pd.DataFrame:
         """What collected runs of a run file scored: rows of :attr:`scores`, of one experiment.
 
         Of several experiments with what the file says (a model's weights may differ) it is the one of the most seeds.
         Arguments and errors are those of :meth:`needs`.
         """
-        file = _run_file(run)
-        stated = read_yaml(experiments_folder() / "defaults.yaml") | read_yaml(file) | {"suite": file.parent.name}
-        ids = made_from(self.suites.configs, stated)["run_id"]
+        ids = made_from(self.suites.configs, self.stated(run))["run_id"]
         named = experiments(self.suites)
         own = self.scores[self.scores["experiment"].isin(named.loc[named["run_id"].isin(ids), "experiment"])]
         most = own.sort_values("seeds", kind="stable")["experiment"].tail(1)

@@ -55,7 +55,12 @@ def reading(row: Mapping[Any, Any]) -> str:
         return READINGS["pct"] if abs(row["params"] / row["quoted_params"] - 1) < 0.005 else ""
     digits = max(2, len(f"{row['quoted_pct']:g}".partition(".")[2]))  # 0.70 is read as 0.7
     return next(
-        (how for key, how in READINGS.items() if abs(row[key] - row["quoted_pct"]) <= 0.5001 * 10**-digits), ""
+        (
+            how
+            for key, how in READINGS.items()
+            if pd.notna(row[key]) and abs(row[key] - row["quoted_pct"]) <= 0.5001 * 10**-digits
+        ),
+        "",
     )
 
 

@@ -20,11 +20,13 @@ from diablo_theory.reporting.style import WIDTH, styled
 PHASES = ("forward", "backward", "optimizer")
 _TIMES: dict[str, Kind] = {
     **dict.fromkeys(("workload", "method", "phase"), "text"),
-    **dict.fromkeys(("num_blocks", "round", "seconds"), "number"),
+    **dict.fromkeys(("num_blocks", "seconds"), "positive"),
+    "round": "number",
 }
 _CONTENDERS: dict[str, Kind] = {
     **dict.fromkeys(("workload", "name", "method", "cpu", "torch"), "text"),
-    **dict.fromkeys(("num_blocks", "trainable", "tokens", "static_mib", "step_peak_mib"), "number"),
+    "trainable": "number",
+    **dict.fromkeys(("num_blocks", "tokens", "static_mib", "step_peak_mib"), "positive"),
     **dict.fromkeys(("inputs_mib", "trainable_mib", "threads"), "number"),
     **dict.fromkeys(("commit", "dirty"), "any"),
 }

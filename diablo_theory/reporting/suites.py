@@ -13,18 +13,19 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.files import write_with
+from diablo_theory.files import atomic_path
 from diablo_theory.reporting.ended_runs import ended, read_outcomes, read_record, read_training
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, score
-from diablo_theory.reporting.results import COLUMNS, SCHEMA_VERSION, validate_rows
+from diablo_theory.reporting.results import COLUMNS, SCALES, SCHEMA_VERSION, validate_rows
+from diablo_theory.reporting.saved_tables import Kind, require_kinds
 
 #: Files of a collection.
 ROWS, CONFIGS, OUTCOMES, TRAINING = "rows.csv", "configs.csv", "outcomes.csv.gz", "training.csv.gz"
@@ -143,6 +144,47 @@ _NEEDED = {
 }
 
 
+#: What cells of a collection hold, where tables and claims calculate with them.
+_KINDS: dict[str, dict[str, Kind]] = {
+    CONFIGS: {
+        **dict.fromkeys(("suite", "model", "method", "label", "train_on", "dtype"), "text"),
+        **dict.fromkeys(("learning_rate", "num_blocks", "batch_size"), "positive"),
+        **dict.fromkeys(("trainable_params", "train_seconds", "steps_done", "peak_memory_mib"), "optional"),
+        "seed": "number",
+    },
+    OUTCOMES: {"tokens": "positive", "loss_sum": "number", "seed": "number"},
+    TRAINING: {"step": "positive"},
+}
+_WORDS = {"scale": SCALES, "state": ("finished", "diverged"), "eval_split": ("test", "validation")}
+
+
+def _require_cells(folder: Path, frames: dict[str, pd.DataFrame]) -> None:
+    """Raise ResultsError if cells of a collection are none that runs give."""
+    for name, kinds in _KINDS.items():
+        if len(frames[name]):
+            require_kinds(frames[name], kinds, folder / name, "Collect again")
+    configs, outcomes, training = (frames[name] for name in (CONFIGS, OUTCOMES, TRAINING))
+    for column, allowed in _WORDS.items():
+        for value in set(configs[column]) - set(allowed):
+            raise ResultsError(f"{CONFIGS}: {column} is {value!r}; allowed: {', '.join(allowed)}")
+    for column in ("evaluate_on", "data", "quantise"):
+        for value in configs[column].dropna():
+            try:
+                json.loads(value)
+            except (ValueError, TypeError) as error:
+                raise ResultsError(f"{CONFIGS}: {column} is {value!r}, which is no JSON") from error
+    for column in {above for above, below, _ in (METRICS | METRICS_OF_SOME).values() if below is None}:
+        if column in outcomes:
+            there = outcomes[column].dropna()  # not every task has every metric
+            if not pd.to_numeric(there, errors="coerce").between(0, 1).all():
+                raise ResultsError(f"{OUTCOMES}: {column} is not a share from 0 to 1 everywhere")
+    for name, frame, key in ((CONFIGS, configs, ["run_id"]), (TRAINING, training, ["run_id", "step"])):
+        if len(frame) and frame.duplicated(key).any():
+            raise ResultsError(f"{name} has rows that occur twice, by {' and '.join(key)}")
+    if (outcomes["loss_sum"] < 0).any():
+        raise ResultsError(f"{OUTCOMES}: a loss_sum is below 0")
+
+
 def _suites(frames: dict[str, pd.DataFrame]) -> Suites:
     for name, columns in _NEEDED.items():
         # Runs that diverged before their first step leave no row of training.
@@ -228,19 +270,14 @@ def _setting(config: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 
 def save_suites(suites: Suites, out: Path) -> list[Path]:
-    """Write a collection, each file whole or not at all."""
-    files = []
-    for name, frame in suites.frames().items():
-        text = as_text(name, frame).encode()
-        # Neither the time of day nor a name in the compressed file: the same runs give the same bytes.
-        content = gzip.compress(text, mtime=0) if name.endswith(".gz") else text
-        write_with(out / name, partial(_write_bytes, content))
-        files.append(out / name)
-    return files
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
+    """Write a collection: none of its files is replaced before all of them are written whole."""
+    with ExitStack() as all_written:
+        for name, frame in suites.frames().items():
+            text = as_text(name, frame).encode()
+            # Neither the time of day nor a name in the compressed file: the same runs give the same bytes.
+            content = gzip.compress(text, mtime=0) if name.endswith(".gz") else text
+            all_written.enter_context(atomic_path(out / name)).write_bytes(content)
+    return [out / name for name in suites.frames()]
 
 
 def read_suites(folder: Path) -> Suites:
@@ -260,6 +297,7 @@ def read_suites(folder: Path) -> Suites:
             ) from error
     try:
         suites, configs = _suites(frames), frames[CONFIGS]
+        _require_cells(folder, frames)
     except ResultsError as error:
         raise ResultsError(f"{folder}: {error}; `diablo-theory collect` writes it") from None
     finished = set(configs.loc[configs["state"] == "finished", "run_id"])

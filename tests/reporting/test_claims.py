@@ -337,9 +337,8 @@ def test_elsewhere_is_the_same_setting_in_another_source(saved):
     answer = question(**two).ask(saved)
     assert "79.7" not in answer.evidence  # DoRA's own number at the other rank
     assert "as printed not ahead of full fine-tuning" in answer.evidence
-    drawn = question(
-        **HEADLINE | {"suite": "quantised", "model": "LLaMA2-7B", "against": ["loftq"], "containing": "4 bits"}
-    )
+    bits = {"suite": "quantised", "model": "LLaMA2-7B", "against": ["loftq"], "containing": "4 bits"}
+    drawn = question(**HEADLINE | bits | {"runs": {"diablo": "quantised/4bit_magr-diablo.yaml"}})
     assert "LoftQ 52.3 (read off a chart)" in drawn.ask(saved).evidence
 
 

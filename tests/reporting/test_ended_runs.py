@@ -127,7 +127,9 @@ def test_outcomes_that_cannot_be_or_are_others_are_refused(tmp_path, changes, me
 def test_a_column_that_is_missing_is_named(tmp_path, column):
     file = tmp_path / "word_problems.csv"
     ITEMS.drop(columns=column).to_csv(file, index=False)
-    with pytest.raises(ResultsError, match=rf"lacks the column\(s\) {column}\. .*, and `diablo-theory evaluate "):
+    with pytest.raises(
+        ResultsError, match=rf"lacks the column\(s\) {column}\. Put it back .* `diablo-theory evaluate "
+    ):
         read_outcomes(file, SCORES)
 
 

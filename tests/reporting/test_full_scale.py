@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.finetune.config import load_run
 from diablo_theory.finetune.planning.datasets import DATASETS
 from diablo_theory.reporting import intervals
@@ -260,7 +261,24 @@ def test_an_open_question_names_the_command_that_adds_seeds():
 
 def test_a_headline_names_diablo_s_run_file_and_no_strangers():
     keys = {"kind": "headline", "suite": "code", "model": "m", "against": ["lora"]}
+    with pytest.raises(ValidationError, match="lora is named twice"):
+        Headline(**keys, level=["lora"], runs={"diablo": "a.yaml"})
     with pytest.raises(ValidationError, match="runs must name DiaBlo's run file"):
         Headline(**keys, runs={"lora": "code/llama3-8b_lora.yaml"})
     with pytest.raises(ValidationError, match="runs names dora, which DiaBlo is not compared with here"):
         Headline(**keys, runs={"diablo": "a.yaml", "dora": "b.yaml"})
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({"diablo": "patterns/diablo.yaml"}, "its suite is patterns; allowed: commonsense"),
+        ({"dora": "commonsense/llama3-8b_dora.yaml"}, "its model is meta-llama/Meta-Llama-3-8B; allowed: .*llama-13b"),
+        ({"dora": DIABLO}, "its method is diablo; allowed: dora"),
+    ],
+)
+def test_a_headline_takes_runs_of_its_suite_model_and_methods(headlines, runs, message):
+    question = headlines["commonsense-llama-13b"]
+    wrong = question.model_copy(update={"runs": question.runs | runs})
+    with pytest.raises(ResultsError, match=message):
+        wrong.ask(evidence(collected({DIABLO: 0.9, DORA: 0.5})))

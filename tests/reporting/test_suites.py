@@ -1,4 +1,6 @@
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,7 +12,15 @@ from diablo_theory.finetune.config import resolve
 from diablo_theory.progress import Board
 from diablo_theory.reporting.comparisons import differences, experiments, scores
 from diablo_theory.reporting.suite_tables import build_sections, readable_section
-from diablo_theory.reporting.suites import collect_suites, read_suites, save_suites
+from diablo_theory.reporting.suites import (
+    CONFIGS,
+    OUTCOMES,
+    TRAINING,
+    Suites,
+    collect_suites,
+    read_suites,
+    save_suites,
+)
 
 TINY = {
     "suite": "word_problems",
@@ -176,3 +186,59 @@ def test_the_command_writes_and_tells(done, shell, tmp_path):
     assert "wrote" in out
     assert "Methods at equal" in out
     assert (tmp_path / "kept" / "rows.csv").is_file()
+
+
+def damaged(name, column, value):
+    """A change of one cell of a collection's file."""
+
+    def change(suites):
+        frame = suites.frames()[name].astype({column: object})
+        frame.loc[frame.index[1], column] = value
+        return frame
+
+    return name, change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged(CONFIGS, "scale", "huge"), "scale is 'huge'; allowed: full, small"),
+        (
+            damaged(CONFIGS, "learning_rate", "fast"),
+            r"configs.csv, line 3: learning_rate is 'fast'; allowed: a number",
+        ),
+        (damaged(CONFIGS, "seed", None), r"line 3: seed is nan; allowed: a number"),
+        (damaged(CONFIGS, "model", None), r"line 3: model is nan; allowed: text"),
+        (damaged(CONFIGS, "data", "{"), "which is no JSON"),
+        (damaged(CONFIGS, "run_id", "blocks/diablo-num_blocks=3"), "rows that occur twice, by run_id"),
+        (damaged(OUTCOMES, "exact", 7), "exact is not a share from 0 to 1"),
+        (damaged(OUTCOMES, "loss_sum", -100), "a loss_sum is below 0"),
+        (damaged(OUTCOMES, "tokens", 0), "tokens is 0.*; allowed: a number above 0"),
+        (damaged(TRAINING, "step", 1), "rows that occur twice, by run_id and step"),
+    ],
+)
+def test_a_cell_that_no_run_gives_is_told(done, tmp_path, damage, message):
+    suites = collect_suites(done)
+    name, change = damage
+    frames = suites.frames() | {name: change(suites)}
+    save_suites(Suites(*frames.values()), tmp_path)
+    with pytest.raises(ResultsError, match=message):
+        read_suites(tmp_path)
+
+
+def test_none_of_a_collection_is_replaced_before_all_of_it_is_written(done, tmp_path, monkeypatch):
+    suites = collect_suites(done)
+    before = [file.read_bytes() for file in save_suites(suites, tmp_path)]
+    write, written = Path.write_bytes, []
+
+    def full(path, content):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_suites(replace(suites, rows=suites.rows[:1]), tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in suites.frames()] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(suites.frames())

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.evidence import Evidence
@@ -23,13 +23,15 @@ class StepRatio(Question):
     kind: Literal["step_ratio"]
     of: str
     over: str
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    at_least: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _require_a_limit(self) -> StepRatio:
         if self.at_most is None and self.at_least is None:
             raise ValueError("a step_ratio needs at_most or at_least")
+        if self.of == self.over:
+            raise ValueError(f"of and over are both {self.of}")
         return self
 
     def ask(self, evidence: Evidence) -> Answer:
@@ -64,7 +66,7 @@ class Memory(Question):
     kind: Literal["memory"]
     of: str
     over: str
-    at_most: float
+    at_most: float = Field(gt=0, allow_inf_nan=False)
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""

@@ -17,6 +17,8 @@ from diablo_theory.reporting.questions.base import Answer, Outcome, Question, me
 from diablo_theory.reporting.questions.runs import SUITES, compared, tables_of
 from diablo_theory.reporting.tables import task_name
 
+#: Methods that a base of another kind gives their name: what their run files call them.
+_STANDS_FOR = {"gptq-lora": "lora"}
 #: Within which share of DiaBlo's score another's is the same: of 50 to 90 per cent, half a point to one.
 MARGIN = 0.01
 
@@ -44,7 +46,7 @@ class Headline(Question):
     kind: Literal["headline"]
     suite: str
     model: str
-    tables: tuple[str, ...] = (AVERAGE,)
+    tables: tuple[str, ...] = Field(default=(AVERAGE,), min_length=1)
     metric: str = "exact_match"
     against: tuple[str, ...] = Field(min_length=1)
     level: tuple[str, ...] = ()
@@ -54,6 +56,8 @@ class Headline(Question):
 
     @model_validator(mode="after")
     def _files_of_these_methods(self) -> Headline:
+        if twice := [method for method in self.methods if self.methods.count(method) > 1]:
+            raise ValueError(f"{twice[0]} is named twice in against and level")
         if "diablo" not in self.runs:
             raise ValueError("runs must name DiaBlo's run file, as diablo")
         if others := self.runs.keys() - {"diablo", *self.methods}:
@@ -101,6 +105,7 @@ class Headline(Question):
 
     def _own(self, evidence: Evidence) -> pd.DataFrame:
         """The methods' scores minus DiaBlo's, of runs at full scale: what :func:`~.runs.compared` takes."""
+        self._require_files(evidence)
         scores = {method: self._scores(evidence, file) for method, file in self.runs.items()}
         diablo = scores.pop("diablo")
         rows = []
@@ -114,6 +119,18 @@ class Headline(Question):
                 rows.append(about | interval | {"diablo": diablo[table].value, "must_lead": method in self.against})
         columns = ["method", "label", "task", "value", "low", "high", "seeds", "diablo", "must_lead"]
         return pd.DataFrame(rows, columns=columns)
+
+    def _require_files(self, evidence: Evidence) -> None:
+        """Refuse run files that are of another suite, model or method than is said."""
+        model = evidence.stated(self.runs["diablo"])["model"]
+        for method, file in self.runs.items():
+            stated = evidence.stated(file)
+            for key, wanted in (("suite", self.suite), ("model", model), ("method", _STANDS_FOR.get(method, method))):
+                if stated[key] != wanted:
+                    raise ResultsError(
+                        f"a claim about {self.suite} takes {file} for {method}, but its {key} is {stated[key]}; "
+                        f"allowed: {wanted}"
+                    )
 
     def _lost(self, evidence: Evidence) -> dict[str, str]:
         """Methods of which seeds diverged at full scale, with how many."""
