@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from diablo_theory.errors import ResultsError, nearest
 from diablo_theory.files import read_json
@@ -32,12 +33,16 @@ COLUMNS = (
 )
 
 _VERDICT_COLUMNS = ["check", "statement", "role", "instance", "premise_margin", "claim_margin", "tolerance", "passed"]
+_ROLES = ("claim", "control")
 _MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "frozen_gap", "in_theorem"]
 _RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test"]
 _RUN_KEYS += ["scale", "exact_means"]
 _RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seconds", "final_train_loss"]
 _RATE_COLUMNS = ["task", "method", "label", "learning_rate", "seed", "valid_loss", "chosen"]
 _RATE_INTERVAL = ["loss_low", "loss_high", "exact"]
+#: Columns of saved tables that hold numbers, infinite ones among them (a margin of nothing).
+_NUMBERS = {"premise_margin", "claim_margin", "tolerance", *_MAP_COLUMNS[:-1], "learning_rate", "seed", "valid_loss"}
+_NUMBERS |= {*_RATE_INTERVAL, "step", "loss", "grad_norm", "round", "seconds", "static_mib", "step_peak_mib"}
 #: An interval that ends at its own value may miss it by the last bits.
 _ROUNDING = 1e-9
 FULL_LABEL = "Full fine-tuning"
@@ -118,6 +123,8 @@ def read_verdicts(results: Path) -> pd.DataFrame:
     found = _optional(path, _VERDICT_COLUMNS, ["check", "statement", "role", "claim_margin", "passed"])
     if "passed" in found and found["passed"].dtype != bool:
         raise ResultsError(f"{path}: passed is to be True or False in every line, and is not")
+    for role in sorted(set(found["role"]) - set(_ROLES) if len(found) else ()):
+        raise ResultsError(f"{path}: role is {role!r}; allowed: {', '.join(_ROLES)}")
     return found
 
 
@@ -308,6 +315,11 @@ def _read_csv(path: Path, columns: list[str], filled: list[str]) -> pd.DataFrame
         if frame[column].isna().any():
             line = int(frame.index[frame[column].isna()][0]) + 2
             raise ResultsError(f"{path} is truncated or damaged: no {column} in line {line}. {advice}")
+    for column in _NUMBERS & set(frame.columns):
+        if not is_numeric_dtype(frame[column]):
+            bad = frame[column].notna() & pd.to_numeric(frame[column], errors="coerce").isna()
+            line, value = int(frame.index[bad][0]) + 2, frame.loc[bad, column].tolist()[0]
+            raise ResultsError(f"{path}, line {line}: {column} is {value!r}; allowed: a number. {advice}")
     return frame
 
 

@@ -89,6 +89,22 @@ def test_truncated_verdicts(results):
         collect(results)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("claim_margin", "x", r"verdicts.csv, line 4: claim_margin is 'x'; allowed: a number"),
+        ("role", "clam", "verdicts.csv: role is 'clam'; allowed: claim, control"),
+    ],
+)
+def test_a_cell_of_verdicts_that_no_check_gives_is_told(results, column, value, message):
+    path = results / "theory" / "verdicts.csv"
+    frame = pd.read_csv(path).astype({column: object})
+    frame.loc[2, column] = value
+    frame.to_csv(path, index=False)
+    with pytest.raises(ResultsError, match=message):
+        collect(results)
+
+
 def test_unfinished_runs_are_listed_and_ignored(make, one_run):
     other = make.run(one_run.parents[1], "LoRA r=5")
     (other / "metrics.json").unlink()
