@@ -80,7 +80,10 @@ def decide(claim: Claim, evidence: Evidence) -> Decided:
     Raises:
         ResultsError: If some of them are damaged. What was never made leaves a claim open.
     """
-    answers = tuple(_answer(question, evidence) for question in claim.asks)
+    try:
+        answers = tuple(_answer(question, evidence) for question in claim.asks)
+    except ResultsError as error:
+        raise ResultsError(f"claim {claim.id}: {error}") from error
     outcome = min(answer.outcome for answer in answers)
     if outcome == Outcome.HOLDS and claim.conditions:
         outcome = Outcome.CONDITIONAL

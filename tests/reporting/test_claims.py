@@ -89,6 +89,17 @@ def test_one_failed_trial_or_one_control_that_holds_is_enough():
         ask({"kind": "verdicts", "checks": ["L4"]}, verdicts=VERDICTS)
 
 
+def test_words_that_no_statement_has_are_refused():
+    keys = {"kind": "verdicts", "checks": ["L2"]}
+    with pytest.raises(ResultsError, match="no statement of L2 has the words 'dialbo is'"):
+        ask(keys | {"statements": ["diablo is", "dialbo is"]}, verdicts=VERDICTS)
+    claim = Claim(id="a", by="paper", claim="c", where="w", asks=({**keys, "statements": ["diablo", "dialbo"]},))
+    with pytest.raises(ResultsError, match="claim a: no statement of L2"):
+        decide(claim, evidence(verdicts=VERDICTS))
+    with pytest.raises(ValidationError):
+        question(kind="gradient_norms", over="diablo", after=5)
+
+
 def test_only_the_statements_in_question_count():
     keys = {"kind": "verdicts", "checks": ["L2"], "statements": ["diablo"]}
     broken = VERDICTS.copy()

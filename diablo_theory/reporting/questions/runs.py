@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, field_validator
 from scipy.stats import t as student
 
 from diablo_theory.reporting.evidence import Evidence
@@ -162,6 +162,13 @@ class GradientNorms(Question):
     after: int = Field(ge=0)
     pairs: int = Field(default=6, ge=2)
     scale: Scale = "small"
+
+    @field_validator("over")
+    @classmethod
+    def _another(cls, value: str) -> str:
+        if value == "diablo":
+            raise ValueError("over is diablo itself")
+        return value
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""

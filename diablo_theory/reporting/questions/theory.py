@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.evidence import Evidence, NotMadeError
 from diablo_theory.reporting.questions.base import Answer, Outcome, Question
 
@@ -38,6 +39,9 @@ class Verdicts(Question):
                 raise NotMadeError(
                     f"no {role} of the check(s) {', '.join(unknown)} is saved", "`diablo-theory reproduce`"
                 )
+        for words in self.statements:
+            if not rows["statement"].str.contains(words, regex=False).any():
+                raise ResultsError(f"no statement of {', '.join(self.checks)} has the words {words!r}")
         told = []
         for role, what in _ROLES.items():
             passed = rows.loc[rows["role"] == role, "passed"]
