@@ -34,7 +34,7 @@ RESULTS = (METRICS, FAILED, LOG, WEIGHTS, PREDICTIONS, ADAPTER, CHECKPOINTS)
 def finished(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run, or None; they are written last."""
     path = folder / METRICS
-    return read_checked(path, Metrics, PUT_BACK) if path.is_file() else None
+    return read_checked(path, Metrics) if path.is_file() else None
 
 
 def check_owner(folder: Path, config: RunConfig) -> None:
