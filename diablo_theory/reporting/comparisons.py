@@ -11,10 +11,10 @@ import pandas as pd
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.intervals import Estimate, mean_score, paired_difference, score
 from diablo_theory.reporting.published import AVERAGE
-from diablo_theory.reporting.suites import Suites, config_keys, metrics_of
+from diablo_theory.reporting.suites import HANDLING, Suites, config_keys, metrics_of
 
 #: Keys that do not make two runs different experiments.
-IRRELEVANT = ("seed", "data_root", "device", "eval_batch_size", "save_every", "keep_weights", "evaluate_on")
+IRRELEVANT = ("seed", "evaluate_on", *HANDLING)
 #: Keys that may differ between experiments that are compared: the table they belong to, the method, how it is set.
 METHOD = ("suite", "method", "num_blocks", "learning_rate", "rank", "alpha")
 #: Published training examples of what the efficiency suite trains on.

@@ -103,6 +103,11 @@ class Evidence:
             return {}
 
     @cached_property
+    def experiments(self) -> pd.DataFrame:
+        """Which collected runs are one experiment, see :func:`~.comparisons.experiments`."""
+        return experiments(self.suites)
+
+    @cached_property
     def scores(self) -> pd.DataFrame:
         """Every experiment's scores over its seeds, see :func:`~.comparisons.scores`."""
         return scores(self.suites)
@@ -126,7 +131,7 @@ class Evidence:
 
         A run that logged none has a row without a step.
         """
-        named = experiments(self.suites).merge(
+        named = self.experiments.merge(
             self.suites.configs[["run_id", "suite", "model", "method", "train_on", "seed", "scale", "state"]],
             on="run_id",
         )
@@ -152,7 +157,7 @@ class Evidence:
         found = re.search(r"^# Hardware: ([^;\n]*).*\n# Time: (?:training )?([^;\n]*)", head, re.MULTILINE)
         if found is None:
             raise ResultsError(f"{file} does not say in its head what hardware and time it needs")
-        return f"{found[1]}, {found[2].replace(' at 30 to 50% of the peak rate', '')}"
+        return f"{found[1]}, {re.sub(' at [0-9]+ to [0-9]+% of the peak rate', '', found[2])}"
 
     def stated(self, run: str) -> dict[str, Any]:
         """What a run file says, over the defaults; arguments and errors are those of :meth:`needs`."""
@@ -166,7 +171,7 @@ class Evidence:
         Arguments and errors are those of :meth:`needs`.
         """
         ids = made_from(self.suites.configs, self.stated(run))["run_id"]
-        named = experiments(self.suites)
+        named = self.experiments
         own = self.scores[self.scores["experiment"].isin(named.loc[named["run_id"].isin(ids), "experiment"])]
         most = own.sort_values("seeds", kind="stable")["experiment"].tail(1)
         return own[own["experiment"].isin(most)]

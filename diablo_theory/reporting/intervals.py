@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import binomtest, quantile_test
+from scipy.stats import binomtest, quantile_test, ttest_rel
 from scipy.stats import t as student
 
 from diablo_theory.errors import ResultsError
@@ -231,6 +231,19 @@ def _newcombe(first: float, second: float, units: int) -> tuple[float, float]:
     """
     found = independent_difference(*(wilson(round(value * units / 100), units) for value in (first, second)))
     return found.low, found.high
+
+
+def mean_ratio(first: pd.Series, second: pd.Series) -> Estimate:
+    """Geometric mean of ``first / second`` over pairs, with Student's interval of the mean logarithm.
+
+    Args:
+        first: Positive numbers, one a pair.
+        second: Those that they are divided by, in the same order.
+    """
+    logs = np.log(first.to_numpy(float)), np.log(second.to_numpy(float))
+    interval: Any = ttest_rel(*logs).confidence_interval(CONFIDENCE)
+    value, low, high = np.exp([(logs[0] - logs[1]).mean(), interval.low, interval.high])
+    return Estimate(float(value), float(low), float(high), np.nan, len(first))
 
 
 def time_ratio(step_times: pd.DataFrame, method: str, reference: str) -> Estimate:

@@ -13,6 +13,7 @@ import pandas as pd
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.suites import (
     CONFIGS,
+    HANDLING,
     Suites,
     as_text,
     collect_suites,
@@ -21,9 +22,8 @@ from diablo_theory.reporting.suites import (
     suites_of,
 )
 
-#: Keys of how a run is done, not of what it is: where, how its batches are divided; and what it keeps.
-TECHNICAL = ("data_root", "device", "eval_batch_size", "micro_batch_size", "gradient_checkpointing")
-STORAGE = ("save_every", "keep_weights")
+#: Beside a run's handling, keys in which a run file's runs may differ: models have names, and machines memory.
+_OTHERWISE = ("model", "seed", "micro_batch_size", "gradient_checkpointing")
 
 
 def gather(sources: Sequence[Path], *, replace: bool = False) -> Suites:
@@ -84,7 +84,7 @@ def made_from(configs: pd.DataFrame, stated: Mapping[str, Any]) -> pd.DataFrame:
         stated: The file's keys, over those of the defaults. A model is known by the last part of its name, which a
             local folder has, too; the seed and keys of how a run is done alone tell none from another.
     """
-    keys = [key for key in config_keys(configs) if key not in {"model", "seed", *TECHNICAL, *STORAGE}]
+    keys = [key for key in config_keys(configs) if key not in {*_OTHERWISE, *HANDLING}]
     wanted = {key: stated[key] for key in keys if key in stated}
     records = configs[keys].to_dict("records")
     same = [_agree({str(key): value for key, value in run.items()}, wanted) for run in records]

@@ -29,6 +29,8 @@ from diablo_theory.reporting.saved_tables import Kind, require_kinds
 
 #: Files of a collection.
 ROWS, CONFIGS, OUTCOMES, TRAINING = "rows.csv", "configs.csv", "outcomes.csv.gz", "training.csv.gz"
+#: Keys of a configuration that say where a run was done and what it kept of itself, and tell none from another.
+HANDLING = ("data_root", "device", "eval_batch_size", "save_every", "keep_weights")
 #: Digests and names stay text where they look like numbers.
 _AS_TEXT = dict.fromkeys(("run_id", "task", "label", "cluster", "prompt", "answer"), str)
 
@@ -120,20 +122,8 @@ _NEEDED = {
     CONFIGS: (
         *("run_id", "suite", "model", "method", "num_blocks", "learning_rate", "train_on", "evaluate_on", "quantise"),
         *("dtype", "eval_split", "seed", "scale", "label", "state", "model_sha256", "trainable_params"),
-        *(
-            "batch_size",
-            "steps_done",
-            "peak_memory_mib",
-            "train_seconds",
-            "conditions",
-            "train_data",
-            "data",
-            "date",
-            "commit",
-            "dirty",
-            "cpu",
-            "device",
-        ),
+        *("batch_size", "steps_done", "peak_memory_mib", "train_seconds", "conditions", "train_data", "data", "date"),
+        *("commit", "dirty", "cpu", "device"),
         *("torch", "peft", "transformers"),
     ),
     OUTCOMES: (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Literal
 
 import pandas as pd
@@ -72,7 +72,8 @@ class Headline(Question):
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
         printed = self._printed(evidence)
-        own, lost = self._own(evidence), self._lost(evidence)
+        scored = self._scored(evidence)
+        own, lost = self._own(scored), _lost(scored)
         published, figures = f"published-{self.suite}", PUBLISHED_FIGURES.get(self.suite, ())
         if own.empty and not lost:
             where, text = "the paper's own numbers, not reproduced", printed
@@ -103,11 +104,19 @@ class Headline(Question):
         none = f"; of {', '.join(without)} there is no run file" if without else ""
         return f"`diablo-theory sweep {files}`, then `diablo-theory collect` ({needs}){none}"
 
-    def _own(self, evidence: Evidence) -> pd.DataFrame:
-        """The methods' scores minus DiaBlo's, of runs at full scale: what :func:`~.runs.compared` takes."""
+    def _scored(self, evidence: Evidence) -> dict[str, pd.DataFrame]:
+        """Each method's scores at full scale; nothing while no run is collected."""
         self._require_files(evidence)
-        scores = {method: self._scores(evidence, file) for method, file in self.runs.items()}
-        diablo = scores.pop("diablo")
+        try:
+            rows = {method: evidence.of_run(file) for method, file in self.runs.items()}
+        except NotMadeError:
+            return {}
+        return {method: found[found["scale"] == "full"] for method, found in rows.items()}
+
+    def _own(self, scored: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+        """The methods' scores minus DiaBlo's: what :func:`~.runs.compared` takes."""
+        scores = {method: self._estimates(rows) for method, rows in scored.items()}
+        diablo = scores.pop("diablo", {})
         rows = []
         for method, found in scores.items():
             if set(self.tables) - (found.keys() & diablo.keys()):
@@ -132,31 +141,16 @@ class Headline(Question):
                         f"allowed: {wanted}"
                     )
 
-    def _lost(self, evidence: Evidence) -> dict[str, str]:
-        """Methods of which seeds diverged at full scale, with how many."""
-        found = {}
-        for method, file in self.runs.items():
-            try:
-                rows = evidence.of_run(file)
-            except NotMadeError:
-                return {}
-            rows = rows[(rows["scale"] == "full") & (rows["diverged"] > 0)]
-            if len(rows):
-                died, seeds = int(rows["diverged"].max()), int(rows["seeds"].max())
-                found[method] = f"{died} of {died + seeds} seeds"
-        return found
-
-    def _scores(self, evidence: Evidence, file: str) -> dict[str, Estimate]:
-        try:
-            rows = evidence.of_run(file)
-        except NotMadeError:
-            return {}
-        rows = rows[(rows["metric"] == self.metric) & (rows["scale"] == "full")].assign(stderr=float("nan"))
+    def _estimates(self, rows: pd.DataFrame) -> dict[str, Estimate]:
+        """A method's scores by published table."""
         # Tasks here may be called otherwise than published tables; readers see one name.
         tables = {task_name(table): table for table in self.tables}
+        rows = rows[rows["metric"] == self.metric]
         rows = rows.assign(table=rows["task"].map(task_name).map(tables)).dropna(subset="table")
-        names = [field.name for field in fields(Estimate)]
-        return {row["table"]: Estimate(**{name: row[name] for name in names}) for row in rows.to_dict("records")}
+        return {
+            row["table"]: Estimate(row["value"], row["low"], row["high"], float("nan"), row["n"], row["seeds"])
+            for row in rows.to_dict("records")
+        }
 
     def _printed(self, evidence: Evidence) -> str:
         rows, apart = evidence.published, evidence.conflicts
@@ -184,6 +178,17 @@ class Headline(Question):
         quoted = found[found["origin"].str.contains("2506.03230")]
         rows = quoted if len(quoted) else found
         return rows.sort_values("value", kind="stable").iloc[-1]
+
+
+def _lost(scored: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """Methods of which seeds diverged, with how many."""
+    found = {}
+    for method, rows in scored.items():
+        died = rows[rows["diverged"] > 0]
+        if len(died):
+            lost, seeds = int(died["diverged"].max()), int(died["seeds"].max())
+            found[method] = f"{lost} of {lost + seeds} seeds"
+    return found
 
 
 def _value(row: pd.Series) -> str:

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
-from scipy.stats import t as student
 
 from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.intervals import mean_ratio
 from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
 from diablo_theory.reporting.tables import interval, task_name
 
@@ -191,20 +191,17 @@ class GradientNorms(Question):
                 f"{len(pairs)} pairs of runs of DiaBlo and {method_name(self.over)}; {self.pairs} are needed; {died}"
             )
             return Answer(Outcome.FAILS if lost else Outcome.OPEN, text, scale, SUITES, _RUN[self.scale])
-        ratios = np.log(pairs["diablo"] / pairs[self.over])
-        error = float(ratios.std() / len(ratios) ** 0.5)
-        half = float(student.ppf(0.975, len(ratios) - 1)) * error
-        value, low, high = np.exp([ratios.mean(), ratios.mean() - half, ratios.mean() + half])
-        less = int((ratios < 0).sum())
+        ratio = mean_ratio(pairs["diablo"], pairs[self.over])
+        less = int((pairs["diablo"] < pairs[self.over]).sum())
         tasks = [
             f"{task_name(str(task))} {found['diablo'].mean():.2f} against {found[self.over].mean():.2f}"
             for task, found in pairs.groupby("train_on")
         ]
         text = (
             f"standard deviation over mean, DiaBlo against {method_name(self.over)}: {', '.join(tasks)}; the ratio is "
-            f"{interval(value, low, high, 2)}, below 1 in {less} of {len(pairs)} pairs of runs; "
+            f"{interval(ratio.value, ratio.low, ratio.high, 2)}, below 1 in {less} of {len(pairs)} pairs of runs; "
         )
         text += died
-        outcome = Outcome.HOLDS if high < 1 else Outcome.FAILS if low > 1 else Outcome.OPEN
+        outcome = Outcome.HOLDS if ratio.high < 1 else Outcome.FAILS if ratio.low > 1 else Outcome.OPEN
         tables = tables_of(pairs.index.get_level_values("train_on"))
         return Answer(Outcome.FAILS if lost else outcome, text, scale, SUITES, _SEEDS[self.scale], tables, figures)
