@@ -5,17 +5,16 @@ import sys
 
 import pandas as pd
 import pytest
+import typer
 
+from diablo_theory.cli import app
 from diablo_theory.reporting.speeds import read_speeds
+from diablo_theory.reporting.steps import read_steps
 
 RUN = ["num_blocks=6", "steps=3", "batch_size=2", "warmup_steps=1", "eval_items=4", "device=cpu"]
 
 
-COMMANDS = ["reproduce", "verify", "map", "speed", "tune", "diagnose", "report", "convert"]
-COMMANDS += ["train", "evaluate", "sweep", "status", "show", "descend", "figures"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))
 def test_help_teaches_with_an_example(shell, command):
     status, out, _ = shell(command, "--help")
     assert status == 0
@@ -319,6 +318,17 @@ def test_speed_measures_a_small_layer(shell, tmp_path):
     )
 
 
+def test_bench_writes_what_figures_and_report_read(shell, tmp_path):
+    options = "--shape 16x24 --batch 1 --length 8 --methods diablo,lora --blocks 4 --rounds 6 --device cpu"
+    status, out, _ = shell("bench", *options.split(), "--out", tmp_path)
+    assert status == 0
+    assert "steps.pdf" in out
+    _, contenders = read_steps(tmp_path)
+    assert set(contenders["name"]) == {"floor", "diablo", "lora"}
+    assert set(contenders["dtype"]) == {"float32"}
+    assert {path.name for path in tmp_path.glob("steps.*")} == {"steps.pdf", "steps.svg", "steps.png"}
+
+
 def test_convert_there_and_back(shell, tmp_path, tiny_model):
     import torch
     from peft import PeftConfig, ShiraConfig, get_peft_model
@@ -407,11 +417,8 @@ def test_what_descend_and_diagnose_write_is_what_figures_draw(shell, tmp_path, s
     assert (made["seed"], made["iterations"]) == (0, 12)
     status, out, _ = shell("figures", "--results", "saved", "--out", "drawn")
     assert status == 0
-    assert {path.stem for path in (tmp_path / "drawn").iterdir()} == {
-        "method",
-        "convergence",
-        "certificates",
-        "captures",
-    }
+    stems = {"method", "convergence", "certificates", "captures"}
+    assert {path.stem for path in (tmp_path / "drawn").glob("*.*")} == stems
+    assert {path.stem for path in (tmp_path / "drawn/column").iterdir()} == stems
     assert "wrote drawn/convergence.svg" in out
     assert "skipped steps: `diablo-theory bench --out paper_results/steps` produces" in out

@@ -98,10 +98,10 @@ def bench(
         suite = Suite(workload, list(dict.fromkeys(numbers("--blocks", blocks, int))), wanted, rounds, where)
     with Board(console).piece(f"{workload.name}: {len(wanted)} methods", suite.work) as advance:
         times, contenders = run_suite(suite, advance)
+    contenders = contenders.assign(dtype=dtype, **_made_with(where))
     summary = summarise(times, contenders)
     console.print(step_table(summary))
     if out is not None:
-        contenders = contenders.assign(dtype=dtype, **_made_with(where))
         write_with(out / "times.csv", partial(times.to_csv, index=False))
         write_with(out / "contenders.csv", partial(contenders.to_csv, index=False))
         wrote([out / "times.csv", out / "contenders.csv", *save(draw_steps(summary), out, "steps")])
@@ -150,4 +150,4 @@ def _made_with(device: torch.device) -> dict[str, Any]:
     from diablo_theory.reporting.speeds import PROVENANCE
 
     here = provenance(device)
-    return {key: here[key] for key in (*PROVENANCE, "date", "device", "cpu_kernels")}
+    return {key: here[key] for key in (*PROVENANCE, "device", "cpu_kernels")}

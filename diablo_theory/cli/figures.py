@@ -15,11 +15,15 @@ def figures(
     results: Annotated[
         Path, typer.Option("--results", help="Saved results, laid out as this repository's paper_results.")
     ] = Path("paper_results"),
-    out: Annotated[Path, typer.Option("--out", help="Gets a PDF, an SVG and a PNG file a figure.")] = Path("figures"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Gets a PDF, an SVG and a PNG file a figure, and a PDF in its folder column.")
+    ] = Path("figures"),
 ) -> None:
     """Draw every figure again from saved results; nothing is trained or solved.
 
-    A figure whose data are missing is skipped, with the command that produces them.
+    Each is drawn across a page (7 inches), and as PDF for one column of two (3.35 inches) into the folder's `column`,
+    so that letters have their nominal size in both: 8 points or more, and 7 in a column. A figure whose data are
+    missing is skipped, with the command that produces them.
 
     Example: `diablo-theory figures --out results/figures`
     """

@@ -35,7 +35,7 @@ def verify(
     """
     from diablo_theory.files import write_with
     from diablo_theory.reporting.report import verdict_table
-    from diablo_theory.reporting.style import save, styled
+    from diablo_theory.reporting.style import save
     from diablo_theory.reporting.verdicts import verdict_margins
     from diablo_theory.theory.arithmetic import arithmetic_of
     from diablo_theory.theory.checks import CHECKS, run_checks
@@ -47,7 +47,7 @@ def verify(
     console.print(verdict_table(verdicts))
     if out is not None:
         write_with(out / "verdicts.csv", lambda path: verdicts.to_csv(path, index=False))
-        wrote([out / "verdicts.csv", *save(styled(verdict_margins)(verdicts), out, "verdicts")])
+        wrote([out / "verdicts.csv", *save(verdict_margins(verdicts), out, "verdicts")])
     for name in dict.fromkeys(verdicts["check"]):
         say((name, "bold"), f" {CHECKS[name].statement}")
     console.print(

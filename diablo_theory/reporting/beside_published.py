@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import base_names, foot, own_bars, published_bars, size
+from diablo_theory.reporting.drawing import base_names, own_bars, published_bars, size
+from diablo_theory.reporting.layout import foot, grid, names_beside, spanning, styled
 from diablo_theory.reporting.published_bars import averages, origins
-from diablo_theory.reporting.style import WIDTH, styled
 from diablo_theory.reporting.tables import task_name
 
 
@@ -24,13 +24,9 @@ def quantised(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figur
     """
     shown = averages(rows, "quantised")
     own = sections.get("bases")
-    height = 1.5 + 0.25 * len(shown) + (0.55 + 0.25 * len(own) if own is not None else 0)
-    figure = Figure(figsize=(WIDTH, height))
-    counts = [int((shown["bits"] == bits).sum()) for bits in ("4", "2")]
-    below = [] if own is None else [len(own)]
-    panels = figure.subplots(
-        len(counts + below), 1, squeeze=False, gridspec_kw={"height_ratios": counts + below}
-    ).ravel()
+    counts = [int((shown["bits"] == bits).sum()) for bits in ("4", "2")] + ([] if own is None else [len(own)])
+    figure, panels = grid([0.25 * count for count in counts], 1, 1.5 if own is None else 2.05)
+    panels = panels.ravel()
     for axes, bits in zip(panels, ("4", "2"), strict=False):
         same = shown[shown["bits"] == bits]
         published_bars(axes, same["value"], same["method"], same["name"], "{:.1f}")
@@ -53,21 +49,17 @@ def patterns(rows: pd.DataFrame, sections: Mapping[str, pd.DataFrame]) -> Figure
     shown = rows[rows["suite"] == "patterns"]
     own = sections.get("patterns")
     count = shown["method"].nunique()
-    ratios = [count] if own is None else [count, len(own)]
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.27 * count + (0.55 + 0.25 * len(own) if own is not None else 0)))
-    grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios)
+    heights, around = ([0.27 * count], 1.2) if own is None else ([0.27 * count, 0.25 * len(own)], 1.75)
+    figure, (above, *below) = spanning(heights, (2, 1)[: len(heights)], around)
     measures = {"exact_match": ("GSM8K, %", "{:.2f}"), "minutes": ("minutes of training", "{:.2f}")}
-    for place, (metric, (label, spec)) in enumerate(measures.items()):
-        axes = figure.add_subplot(grid[0, place])
+    for axes, (metric, (label, spec)) in zip(above, measures.items(), strict=True):
         same = shown[shown["metric"] == metric]
         published_bars(axes, same["value"], same["method"], same["setting"].str.partition(",")[0], spec)
         axes.set(xlabel=label)
-        if place:
-            axes.set_yticklabels([])
-        else:
-            axes.set_title(f"{shown['model'].iloc[0]}, 1/64 of the entries: published")
+    above[0].set_title(f"{shown['model'].iloc[0]}, 1/64 of the entries: published")
+    names_beside(above[1])
     if own is not None:
-        _own(figure.add_subplot(grid[1, :]), own)
+        _own(below[0][0], own)
     foot(figure, origins(shown), _here(own), "Hardware of the published minutes: not stated.")
     return figure
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from diablo_theory.reporting.drawing import foot, here
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, RC, WIDTH, looks
+from diablo_theory.reporting.drawing import here
+from diablo_theory.reporting.layout import foot, grid, legend, styled
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, looks
 from diablo_theory.reporting.terminal import terminal_table
 
 _LORA, _FROZEN = looks([("LoRA", "lora"), ("LoRA, frozen A", "lora")]).values()
@@ -31,6 +31,7 @@ LAYER_NOTE = (
 )
 
 
+@styled
 def capture_figure(captures: pd.DataFrame, about: str) -> Figure:
     """Captured shares by layer at equal parameters.
 
@@ -39,29 +40,23 @@ def capture_figure(captures: pd.DataFrame, about: str) -> Figure:
         about: From :func:`measured_at`.
     """
     layers = list(dict.fromkeys(captures["layer"]))
-    with mpl.rc_context(RC):
-        figure = Figure(figsize=(WIDTH, 1.6 + 0.23 * len(layers)))
-        axes = figure.subplots()
-        here(axes)
-        for (method, start), (label, color, marker, filled, height) in _SHOWN.items():
-            part = captures[(captures["method"] == method) & (captures["start"] == start)]
-            place = part["layer"].map(layers.index).to_numpy(float) + height
-            face = color if filled else "none"
-            axes.plot(part["capture"], place, marker, color=color, markerfacecolor=face, label=label)
-        axes.set_yticks(np.arange(len(layers)), [short_name(name) for name in layers])
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_xlim(0, 1)
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_xlabel(
-            "captured of the output change that the loss asks for, relative to full fine-tuning of the layer"
-        )
-        figure.legend(loc="outside upper left", ncols=3)
-        foot(
-            figure,
-            about,
-            "All methods at DiaBlo's number of parameters. Marks of a row differ in height for room alone.",
-        )
-        return figure
+    figure, ((axes,),) = grid([1.6 + 0.23 * len(layers)], 1)
+    here(axes)
+    for (method, start), (label, color, marker, filled, height) in _SHOWN.items():
+        part = captures[(captures["method"] == method) & (captures["start"] == start)]
+        place = part["layer"].map(layers.index).to_numpy(float) + height
+        face = color if filled else "none"
+        axes.plot(part["capture"], place, marker, color=color, markerfacecolor=face, label=label)
+    axes.set_yticks(np.arange(len(layers)), [short_name(name) for name in layers])
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("captured of the output change that the loss asks for, relative to full fine-tuning of the layer")
+    legend(figure, axes.lines, 3)
+    foot(
+        figure, about, "All methods at DiaBlo's number of parameters. Marks of a row differ in height for room alone."
+    )
+    return figure
 
 
 def measured_at(layers: pd.DataFrame, model: str) -> str:

@@ -10,9 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diablo_theory.reporting.captures import measured_at, short_name
-from diablo_theory.reporting.drawing import foot, here, plain_ticks
+from diablo_theory.reporting.drawing import here, plain_ticks
+from diablo_theory.reporting.layout import foot, grid, legend, styled
 from diablo_theory.reporting.saved_tables import Kind, read_table
-from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION, WIDTH, styled
+from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION
 
 #: What the figure shows of a layer.
 COLUMNS: dict[str, Kind] = {
@@ -47,8 +48,7 @@ def certificates(layers: pd.DataFrame, model: str) -> Figure:
     """
     shown = layers[layers["grad_full"] > 0].reset_index(drop=True)
     unit, place = shown["grad_full"], np.arange(len(shown))
-    figure = Figure(figsize=(WIDTH, 1.7 + 0.2 * len(shown)))
-    axes = figure.subplots()
+    figure, ((axes,),) = grid([1.7 + 0.2 * len(shown)], 1)
     here(axes)
     bound = shown["bound"] / unit
     axes.hlines(place, np.minimum(bound, 1), np.maximum(bound, 1), color=GREY, linewidth=0.8, zorder=1)
@@ -69,7 +69,7 @@ def certificates(layers: pd.DataFrame, model: str) -> Figure:
     axes.set_xscale("log")
     plain_ticks(axes.xaxis, (1.0,))
     axes.set_xlabel("in units of the layer's full gradient")
-    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
+    legend(figure, axes.get_legend_handles_labels()[0], 4, columnspacing=1.2)
     where = "" if holds.all() else " at *" if told else " at every layer"
     leak = f"The premise (every X_i has the rank of X) fails{where}, so that a leak remains." if where else ""
     foot(figure, measured_at(shown, model), "S3: the full gradient is at most the bound.", leak)

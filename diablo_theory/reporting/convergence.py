@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.drawing import foot, plain_ticks
+from diablo_theory.reporting.drawing import plain_ticks
+from diablo_theory.reporting.layout import foot, grid, legend, stacked, styled
 from diablo_theory.reporting.saved_tables import Kind, read_table
-from diablo_theory.reporting.style import WIDTH, Look, looks, styled
+from diablo_theory.reporting.style import Look, looks
 
 COLUMNS: dict[str, Kind] = {
     **dict.fromkeys(("premise", "method"), "text"),
@@ -53,8 +54,7 @@ def convergence(table: pd.DataFrame) -> Figure:
         table: Columns :data:`COLUMNS`.
     """
     premises = [name for name in _TITLES if name in set(table["premise"])]
-    figure = Figure(figsize=(WIDTH, 5.2))
-    panels = figure.subplots(2, len(premises), squeeze=False, sharex=True, sharey="row")
+    figure, panels = grid([2.2, 2.2], len(premises), 0.8, sharex=True, sharey="row")
     pairs = [(method, "lora" if method.startswith("lora") else method) for method in _NAMES]
     look = looks(pairs)
     for (above, below), premise in zip(panels.T, premises, strict=True):
@@ -68,9 +68,14 @@ def convergence(table: pd.DataFrame) -> Figure:
         below.set(xlabel="step of gradient descent", yscale="log", ylim=(_LEAST, 3))
     panels[0, 0].set_ylabel("excess over the best loss,\nrelative to no update")
     panels[1, 0].set_ylabel("excess over what the\nmethod can reach")
+    if stacked():  # what stands above and beside on a page
+        for above, below in panels.T:
+            below.set_title(above.get_title(loc="left"))
+        for row in panels:
+            row[-1].set_ylabel(row[0].get_ylabel())
     handles = [Line2D([], [], label=words, **_style(look[name])) for name, words in _NAMES.items()]
     handles.append(Line2D([], [], color="black", linewidth=0.9, label="predicted"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=5, handlelength=3)
+    legend(figure, handles, 5, handlelength=3)
     weights, trained = int(table["parameters"].max()), int(table["parameters"].min())
     side, blocks = math.isqrt(weights), weights // trained
     foot(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -11,9 +10,9 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from diablo_theory.reporting.layout import small
 from diablo_theory.reporting.published import METHOD_NAMES
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LIGHT_BLUE, Look
 
@@ -88,7 +87,7 @@ def dots(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], spec
         ends = [[row[name] - row[f"{name}_low"]], [row[f"{name}_high"] - row[name]]]
         axes.errorbar(row[name], place, xerr=np.maximum(ends, 0), fmt=style.marker, color=style.color, capsize=3)
         beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(spec.format(row[name]), (1, place), (4, 0), va="center", fontsize=8, **beside)
+        axes.annotate(spec.format(row[name]), (1, place), (4, 0), va="center", fontsize=small(), **beside)
     axes.set_yticks(range(len(table)), table["label"])
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -137,16 +136,10 @@ def own_bars(axes: Axes, table: pd.DataFrame, name: str, methods: Row, names: Ro
 
 def _rows(axes: Axes, values: Row, ends: Row, names: Row, spec: str) -> None:
     behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1}
-    placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
+    placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": small(), "bbox": behind}
     for place, (value, end) in enumerate(zip(values, ends, strict=True)):
         axes.annotate(spec.format(value), (end, place), (5, 0), **placed)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_xlim(0, 1.22 * max(ends))
     axes.grid(visible=False, axis="y")
-
-
-def foot(figure: Figure, *sentences: str) -> None:
-    """What a reader must know of the numbers, below the panels; empty sentences are left out."""
-    text = textwrap.fill(" ".join(part for part in sentences if part), 118)
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color=GREY)

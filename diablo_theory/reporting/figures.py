@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
+from uuid import UUID, uuid4
 
+import joblib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -17,6 +20,7 @@ from diablo_theory.reporting.certificates import certificates, read_layers
 from diablo_theory.reporting.convergence import convergence, read_descent
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.gradient_norms import gradient_norms
+from diablo_theory.reporting.layout import COLUMN, drawn_for
 from diablo_theory.reporting.method_diagram import method_diagram
 from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
 from diablo_theory.reporting.published_parameters import parameters
@@ -66,7 +70,7 @@ ENTRIES = {
         caption="What trains: LoRA's two factors beside the weight, DiaBlo's blocks on its diagonal.",
     ),
     "published_commonsense": Entry(
-        lambda saved: published_bars.commonsense(saved.published),
+        lambda saved: published_bars.commonsense(saved.published, saved.conflicts),
         (_PUBLISHED,),
         _TRANSCRIBED,
         "Published commonsense averages, of the paper and of the papers that it quotes. None of them was reproduced.",
@@ -177,11 +181,11 @@ def all_plans(root: Path) -> dict[str, Plan]:
 
 
 def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
-    """Draw every figure whose data are there; nothing is trained or solved.
+    """Draw every figure whose data are there, across a page and for one column of two; nothing is trained or solved.
 
     Args:
         root: A folder laid out as ``paper_results``.
-        out: Where the files go.
+        out: Where the files go; those for a column, as PDF alone, into its ``column``.
 
     Returns:
         The files written, and for each figure that was skipped which command produces what it reads.
@@ -189,7 +193,25 @@ def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
     Raises:
         ResultsError: If saved results are damaged; it names the file.
     """
-    return save_plans(all_plans(root), out)
+    stems, call = list(all_plans(root)), uuid4()
+    draw = joblib.delayed(_draw)
+    done = joblib.Parallel(n_jobs=joblib.cpu_count())(draw(root, call, stem, out) for stem in stems)
+    written, skipped = zip(*done, strict=True)
+    return list(chain(*written)), dict(chain(*(why.items() for why in skipped)))
+
+
+def _draw(root: Path, call: UUID, stem: str, out: Path) -> tuple[list[Path], dict[str, str]]:
+    """One figure for both pages, in a process that keeps what it has read for other figures of the same call."""
+    plan = {stem: _plans_of(root, call)[stem]}
+    written, skipped = save_plans(plan, out)
+    with drawn_for(COLUMN):
+        written += save_plans(plan, out / "column", (".pdf",))[0]
+    return written, skipped
+
+
+@lru_cache(maxsize=1)
+def _plans_of(root: Path, _: UUID) -> dict[str, Plan]:
+    return all_plans(root)
 
 
 def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:

@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import foot, here, plain_ticks
+from diablo_theory.reporting.drawing import here, plain_ticks
+from diablo_theory.reporting.layout import foot, grid, stacked, styled
 from diablo_theory.reporting.plans import NothingToDrawError
-from diablo_theory.reporting.style import WIDTH, Look, looks, styled
+from diablo_theory.reporting.style import Look, looks
 from diablo_theory.reporting.suites import Suites
 from diablo_theory.reporting.tables import task_name
 
@@ -37,15 +38,17 @@ def gradient_norms(suites: Suites, note: str) -> Figure:
         )
     tasks = sorted(set(curves["task"]))
     methods = {str(label): str(method) for label, method in zip(curves["label"], curves["method"], strict=True)}
-    figure = Figure(figsize=(WIDTH, 1.1 + 1.2 * len(methods)))
-    panels = figure.subplots(len(methods), len(tasks), sharex="col", sharey=True, squeeze=False)
+    figure, panels = grid([1.2] * len(methods), len(tasks), 1.1, stack=False, sharex="col", sharey=True)
     here(*panels.ravel())
     for row, (label, look) in zip(panels, looks(list(methods.items())).items(), strict=True):
         row[0].set_ylabel(label.replace(" ", "\n", 1))
         for axes, task in zip(row, tasks, strict=True):
             _panel(axes, curves[(curves["label"] == label) & (curves["task"] == task)], look)
         last = [axes for axes in row if axes.lines][-1]  # of another method there may be no runs on the last task
-        last.legend(loc="lower right", ncols=3, handlelength=2.6, columnspacing=1.0)
+        if stacked():
+            last.legend(loc="upper right", handlelength=1.2, borderpad=0, labelspacing=0.2)
+        else:
+            last.legend(loc="lower right", ncols=3, handlelength=2.6, columnspacing=1.0)
     for axes, task in zip(panels[0], tasks, strict=True):
         axes.set_title(task_name(task))
     for axes in panels[-1]:

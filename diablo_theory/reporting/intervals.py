@@ -17,6 +17,7 @@ from diablo_theory.errors import ResultsError
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+_AT_ONCE = 500  # resamples that are worked on together: of 10,000 problems 40 MB
 METRICS = {  # metric: (numerator, denominator, factor)
     "exact_match": ("exact", None, 100.0),
     "lenient_match": ("lenient", None, 100.0),
@@ -300,18 +301,26 @@ def _estimate(draws: Floats, by_seed: Floats, units: int, n: int) -> Estimate:
 def _cube(items: pd.DataFrame, metric: str) -> tuple[Floats, Floats, npt.NDArray[np.intp]]:
     """Numerator and denominator as (seeds, items), and each item's cluster as a number from 0."""
     above, below, factor = _columns(metric)
-    problems = items[["item", "prompt", "cluster"]].drop_duplicates()
-    if problems["item"].duplicated().any() or len(items) != len(problems) * items["seed"].nunique():
+    ordered = items.sort_values(["seed", "item"])
+    seeds = ordered["seed"].nunique()
+    if not _each_once(ordered, seeds):
         raise ResultsError(f"{_name(items)}: the seeds did not answer the same test problems, each once.")
-    top = items.pivot_table(index="seed", columns="item", values=above, dropna=False).to_numpy(dtype=float) * factor
-    bottom = np.ones_like(top)
-    if below is not None:
-        bottom = items.pivot_table(index="seed", columns="item", values=below).to_numpy(dtype=float)
-    names = items.drop_duplicates("item").sort_values("item")["cluster"]
-    clusters = pd.factorize(names)[0]
+    top = ordered[above].to_numpy(float).reshape(seeds, -1) * factor
+    bottom = np.ones_like(top) if below is None else ordered[below].to_numpy(float).reshape(seeds, -1)
+    clusters = pd.factorize(ordered["cluster"].iloc[: top.shape[1]])[0]
     if clusters.max() == 0:  # one cluster says nothing about the spread between clusters: resample items
-        clusters = np.arange(len(names))
+        clusters = np.arange(len(clusters))
     return top, bottom, clusters
+
+
+def _each_once(ordered: pd.DataFrame, seeds: int) -> bool:
+    """Whether every seed has the same problems, each once; the rows are in the order of seeds and items."""
+    if len(ordered) % seeds:
+        return False
+    names = ("seed", "item", "prompt", "cluster")
+    seed, item, prompt, cluster = (pd.factorize(ordered[name])[0].reshape(seeds, -1) for name in names)
+    alike = all((codes == codes[0]).all() for codes in (item, prompt, cluster))
+    return bool(alike and (seed == seed[:, :1]).all() and (np.diff(item) != 0).all())
 
 
 def _columns(metric: str) -> tuple[str, str | None, float]:
@@ -326,22 +335,33 @@ def _by_seed(top: Floats, bottom: Floats) -> Floats:
 def _resample(sides: list[tuple[Floats, Floats]], clusters: npt.NDArray[np.intp], seed: int) -> list[Floats]:
     """Bootstrap the mean over seeds of sum/sum: the same clusters are drawn for every side and seed."""
     units = int(clusters.max()) + 1
-    member = np.eye(units)[clusters]  # (items, clusters)
     counts = _counts(units, seed)
-    draws = []
-    for top, bottom in sides:
-        ratio = (counts @ (top @ member).T) / (counts @ (bottom @ member).T)  # (resamples, seeds)
-        draws.append(ratio.mean(axis=1))
-    return draws
+    sums = [[_by_cluster(table, clusters, units) for table in side] for side in sides]
+    draws: list[list[Floats]] = [[] for _ in sides]
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        some = counts[start : start + _AT_ONCE].astype(float)
+        for drawn, (above, below) in zip(draws, sums, strict=True):
+            drawn.append(((some @ above) / (some @ below)).mean(axis=1))
+    return [np.concatenate(drawn) for drawn in draws]
+
+
+def _by_cluster(table: Floats, clusters: npt.NDArray[np.intp], units: int) -> Floats:
+    """Sums of (seeds, items) over the items of each cluster: (clusters, seeds)."""
+    return np.stack([np.bincount(clusters, weights=row, minlength=units) for row in table], axis=1)
 
 
 @lru_cache(maxsize=4)
-def _counts(units: int, seed: int) -> Floats:
+def _counts(units: int, seed: int) -> npt.NDArray[np.unsignedinteger[Any]]:
     """How often each resample holds each unit: (resamples, units). Drawing takes longer than all that is done with it.
 
-    Kept, since every metric, experiment and pair of a task is resampled in the same way.
+    Kept, since every metric, experiment and pair of a task is resampled in the same way; in the smallest integers that
+    hold a count, since of 10,000 problems doubles would take 0.8 GB.
     """
-    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(float)
+    rng, shares = np.random.default_rng(seed), np.full(units, 1 / units)
+    counts = np.empty((RESAMPLES, units), np.min_scalar_type(units))
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        some = counts[start : start + _AT_ONCE]
+        some[:] = rng.multinomial(units, shares, size=len(some))
     counts.flags.writeable = False
     return counts
 

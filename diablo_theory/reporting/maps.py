@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -18,7 +17,8 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION, RC, WIDTH
+from diablo_theory.reporting.layout import grid, label_below, label_left, legend, styled, width
+from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION
 
 TIE = 0.01  # gaps closer than one per cent of what full fine-tuning captures count as equal
 METHODS = {"diablo_gap": "DiaBlo", "lora_gap": "LoRA", "frozen_gap": "LoRA, frozen A"}
@@ -43,6 +43,7 @@ _LEADS = {
 _ORDER = list(_LEADS)
 
 
+@styled
 def theory_map(cells: pd.DataFrame, x: str = "rank_x", y: str = "num_blocks") -> Figure:
     """The gap of every method over two coordinates, and which is smallest.
 
@@ -57,8 +58,7 @@ def theory_map(cells: pd.DataFrame, x: str = "rank_x", y: str = "num_blocks") ->
     """
     _refuse_other_coordinates(cells, {x, y})
     tables = _tables(cells, x, y)
-    figure = Figure(figsize=(WIDTH, 5.6))
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    figure, panels = grid([2.3, 2.3], 2, 1.0, sharex=True, sharey=True)
     heat = panels.ravel()[:3]
     for axes, (column, name) in zip(heat, METHODS.items(), strict=True):
         gap = tables[column].to_numpy()
@@ -71,14 +71,13 @@ def theory_map(cells: pd.DataFrame, x: str = "rank_x", y: str = "num_blocks") ->
     panels[1, 1].set_title("Smallest gap")
     for axes in panels.ravel():
         _frame(axes, tables)
-    for axes in panels[1]:
-        axes.set_xlabel(AXES[x])
-    for axes in panels[:, 0]:
-        axes.set_ylabel(AXES[y])
-    figure.legend(handles=_keys(leads, tables), loc="outside upper left", ncols=3, handlelength=1.6)
+    label_below(panels, AXES[x], AXES[x])
+    label_left(panels, AXES[y])
+    legend(figure, _keys(leads, tables), 3, handlelength=1.6)
     return figure
 
 
+@styled
 def lead_maps(cells: pd.DataFrame, x: str, y: str, across: str, up: str | None = None) -> Figure:
     """Who misses least over four coordinates: a small map for each pair of values of two of them.
 
@@ -95,7 +94,7 @@ def lead_maps(cells: pd.DataFrame, x: str, y: str, across: str, up: str | None =
     _refuse_other_coordinates(cells, {x, y, across} | ({up} if up else set()))
     columns = sorted(cells[across].unique())
     rows = sorted(cells[up].unique(), reverse=True) if up else [None]
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * len(rows)))
+    figure = Figure(figsize=(width(), 0.9 + 1.45 * len(rows)))
     panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     seen: set[str] = set()
     for (i, row), (j, column) in ((r, c) for r in enumerate(rows) for c in enumerate(columns)):
@@ -109,7 +108,7 @@ def lead_maps(cells: pd.DataFrame, x: str, y: str, across: str, up: str | None =
         axes.tick_params(labelsize=6.5)
     figure.supxlabel(AXES[x], fontsize=9)
     figure.supylabel(AXES[y], fontsize=9)
-    figure.legend(handles=_keys(seen, tables), loc="outside upper left", ncols=3, handlelength=1.6)
+    legend(figure, list(_keys(seen, tables)), 3, handlelength=1.6)
     return figure
 
 
@@ -128,14 +127,13 @@ def draw_map(cells: pd.DataFrame) -> list[tuple[str, Figure]]:
     x, y, *others = sorted(AXES, key=lambda name: (name not in varying(cells), list(AXES).index(name)))
     others = [name for name in others if name in varying(cells)]
     drawn = []
-    with mpl.rc_context(RC):
-        if len(others) in (1, 2):
-            drawn.append(("map_leads", lead_maps(cells, x, y, *others)))
-        part, stem = cells, "map_gaps"
-        for name in others:
-            first = cells[name].min()
-            part, stem = part[part[name] == first], f"{stem}_{name}_{first:g}"
-        drawn.append((stem, theory_map(part, x, y)))
+    if len(others) in (1, 2):
+        drawn.append(("map_leads", lead_maps(cells, x, y, *others)))
+    part, stem = cells, "map_gaps"
+    for name in others:
+        first = cells[name].min()
+        part, stem = part[part[name] == first], f"{stem}_{name}_{first:g}"
+    drawn.append((stem, theory_map(part, x, y)))
     return drawn
 
 

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION, WIDTH, styled
+from diablo_theory.reporting.layout import grid, stacked, styled
+from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION
 
 _FROZEN = "#E9E9E9"
 _BLOCKS = 4
@@ -17,8 +18,9 @@ _SHADES = ("#0072B2", "#5BA3D0", "#9CC9E6", "#D3E7F4")
 @styled
 def method_diagram() -> Figure:
     """``Y = X W`` with its N diagonal blocks trained, and with LoRA's ``A B`` beside W."""
-    figure = Figure(figsize=(WIDTH, 2.75))
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.12]})
+    figure, ((left, right),) = grid([2.75], 2, widths=[1, 1.12])
+    if stacked():
+        figure.set_figheight(5.1)  # no label below a panel takes room
     _diablo(left)
     _lora(right)
     for axes, width in ((left, 8.3), (right, 9.4)):

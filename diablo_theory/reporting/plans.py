@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,15 @@ class Plan:
     available: bool = True
 
 
-def save_plans(plans: Mapping[str, Plan], folder: Path) -> tuple[list[Path], dict[str, str]]:
+def save_plans(
+    plans: Mapping[str, Plan], folder: Path, kinds: Sequence[str] = tuple(UNDATED)
+) -> tuple[list[Path], dict[str, str]]:
     """Draw and write every figure whose data are there.
 
     Args:
         plans: By stem, the files' name without its suffix.
         folder: Where the files go.
+        kinds: Suffixes, of :data:`~.style.UNDATED`.
 
     Returns:
         The files written, and the reason for each figure that was skipped. A skipped figure's old files are removed:
@@ -46,12 +49,12 @@ def save_plans(plans: Mapping[str, Plan], folder: Path) -> tuple[list[Path], dic
     for stem, plan in plans.items():
         if plan.available:
             try:
-                written += save(plan.draw(), folder, stem)
+                written += save(plan.draw(), folder, stem, kinds)
                 continue
             except NothingToDrawError as error:
                 skipped[stem] = str(error)
         else:
             skipped[stem] = plan.why_not
-        for suffix in UNDATED:
+        for suffix in kinds:
             (folder / f"{stem}{suffix}").unlink(missing_ok=True)
     return written, skipped

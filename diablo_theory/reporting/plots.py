@@ -11,11 +11,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import dots, foot, here, line, plain_ticks, size
+from diablo_theory.reporting.drawing import dots, here, line, plain_ticks, size
+from diablo_theory.reporting.layout import foot, grid, legend, names_beside, small, stacked, styled
 from diablo_theory.reporting.maps import theory_map
 from diablo_theory.reporting.plans import Plan
 from diablo_theory.reporting.results import ResultsData, by_method
-from diablo_theory.reporting.style import GREY, WIDTH, Look, looks, styled
+from diablo_theory.reporting.style import GREY, Look, looks
 from diablo_theory.reporting.tables import Tables, task_name
 from diablo_theory.reporting.verdicts import verdict_margins
 
@@ -46,12 +47,8 @@ def plans(data: ResultsData, tables: Tables) -> dict[str, Plan]:
     note = f"{scale_note(data)}. {_machine(data)}"
     trained = data.runs[data.runs["run_id"].isin(list(data.logs)) & (data.runs["method"] != "none")]
     return {
-        "verdicts": Plan(
-            lambda: _noted(styled(verdict_margins)(data.verdicts), THEORY), REPRODUCE, not data.verdicts.empty
-        ),
-        "theory_map": Plan(
-            lambda: _noted(styled(theory_map)(data.gap_map), THEORY), REPRODUCE, not data.gap_map.empty
-        ),
+        "verdicts": Plan(lambda: _noted(verdict_margins(data.verdicts), THEORY), REPRODUCE, not data.verdicts.empty),
+        "theory_map": Plan(lambda: _noted(theory_map(data.gap_map), THEORY), REPRODUCE, not data.gap_map.empty),
         "training": Plan(lambda: training(trained, data.logs, note), REPRODUCE, not trained.empty),
         "results": Plan(lambda: results(tables.results, note), REPRODUCE, not tables.results.empty),
         "cost": Plan(lambda: cost(tables.costs, note), REPRODUCE, not tables.costs.empty),
@@ -82,8 +79,7 @@ def training(runs: pd.DataFrame, logs: dict[str, pd.DataFrame], note: str) -> Fi
         note: The line about the scale.
     """
     tasks = sorted(runs["task"].unique())
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(tasks)))
-    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    figure, panels = grid([2.6] * len(tasks), 2, 0.9)
     here(*panels.ravel())
     look = looks(by_method(runs))
     for (left, right), task in zip(panels, tasks, strict=True):
@@ -129,7 +125,7 @@ def _legend(figure: Figure, panels: npt.NDArray[Any]) -> None:
     for axes in panels[:, 0]:
         handles, names = axes.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
-    figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=4, handlelength=3.2)
+    legend(figure, list(entries.values()), 4, handlelength=3.2)
 
 
 @styled
@@ -142,8 +138,7 @@ def results(table: pd.DataFrame, note: str) -> Figure:
     """
     tasks = list(table["task"].unique())
     lines = max(table["task"].value_counts())
-    figure = Figure(figsize=(WIDTH, 0.7 + (0.9 + 0.3 * lines) * len(tasks)))
-    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    figure, panels = grid([0.9 + 0.3 * lines] * len(tasks), 2, 0.7, stack=False)
     here(*panels.ravel())
     look = looks(by_method(table))
     for (left, right), task in zip(panels, tasks, strict=True):
@@ -152,11 +147,10 @@ def results(table: pd.DataFrame, note: str) -> Figure:
         left.set(
             title=f"{task_name(task)}, unseen: {size(same)}", xlabel="exact match, % (more is better)", xlim=(-3, 103)
         )
-        left.set_xticks(range(0, 101, 25))
+        left.set_xticks(range(0, 101, 50 if stacked() else 25))
         dots(right, same, "loss_per_token", look, "{:.3f}")
         right.set(xlabel="held-out loss, nats/token (less is better)")
-        right.set_yticklabels([])
-        right.tick_params(left=False)
+        names_beside(right)
         _log_if_wide(right, same)
     alone = (table.loc[table["method"] != "none", "seeds"] == 1).any()
     over = "problems alone, so that they say nothing of other seeds" if alone else "problems and seeds"
@@ -182,8 +176,7 @@ def cost(table: pd.DataFrame, note: str) -> Figure:
         table: ``Tables.costs``.
         note: The line about the scale.
     """
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.36 * len(table)))
-    left, middle, right = figure.subplots(1, 3)
+    figure, ((left, middle, right),) = grid([0.36 * len(table)], 3, 1.3)
     here(left, middle, right)
     look = looks(list(zip(table["label"], table["method"], strict=True)))
     _counts(left, table, look)
@@ -196,7 +189,7 @@ def cost(table: pd.DataFrame, note: str) -> Figure:
     right.plot(table["static_mib"], range(len(table)), "|", color="black", markersize=11, markeredgewidth=2)
     right.set(title="Memory, MiB", xlabel="bar: peak, tick: at rest")
     for axes, name in ((middle, "step_ratio_high"), (right, "peak_mib")):
-        axes.set_yticklabels([])
+        names_beside(axes)
         if table[name].notna().any():
             axes.set_xlim(0, 1.4 * table[name].max())
         else:
@@ -210,7 +203,7 @@ def _counts(axes: Axes, table: pd.DataFrame, look: dict[str, Look]) -> None:
         axes.plot(count, place, look[label].marker, color=look[label].color, markersize=8)
         text = "—" if pd.isna(count) else f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,.0f}"
         beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(text, (1, place), (4, 0), va="center", fontsize=8, **beside)
+        axes.annotate(text, (1, place), (4, 0), va="center", fontsize=small(), **beside)
     axes.set(title="Trainable parameters", xlabel="number, log scale", xscale="log")
     if table["trainable_params"].notna().any():
         axes.set_xlim(table["trainable_params"].min() / 3, table["trainable_params"].max() * 3)
@@ -228,9 +221,9 @@ def _bars(axes: Axes, table: pd.DataFrame, name: str, look: dict[str, Look], wri
         axes.barh(place, value, height=0.62, color=style.color, edgecolor="white", hatch=style.hatch)
         end = table[f"{name}_high"].iloc[place] if f"{name}_high" in table else value
         behind = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1}
-        placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
+        placed: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": small(), "bbox": behind}
         axes.annotate(write(value), (end, place), (5, 0), **placed)
-    axes.set_yticks(range(len(table)))
+    axes.set_yticks(range(len(table)), table["label"])
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
 
@@ -245,8 +238,7 @@ def learning_rates(table: pd.DataFrame, problems: int, note: str) -> Figure:
         note: The line about the scale.
     """
     tasks = sorted(table["task"].unique())
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.5 * len(tasks)))
-    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    figure, panels = grid([2.5] * len(tasks), 2, 0.9)
     here(*panels.ravel())
     look = looks(by_method(table))
     for (left, right), task in zip(panels, tasks, strict=True):

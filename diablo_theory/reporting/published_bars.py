@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import accents, foot, published_bars
-from diablo_theory.reporting.published import AVERAGE, conflicts
-from diablo_theory.reporting.style import WIDTH, styled
+from diablo_theory.reporting.drawing import accents, published_bars
+from diablo_theory.reporting.layout import foot, grid, label_below, names_beside, small, stacked, styled
+from diablo_theory.reporting.published import AVERAGE
 
 #: Sources of other numbers, by the end of their file's name.
 _SOURCES = {
@@ -28,28 +28,26 @@ _CHART = " (from a chart)"
 
 
 @styled
-def commonsense(rows: pd.DataFrame) -> Figure:
+def commonsense(rows: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Averages over the commonsense sets by model and method: from zero, and enlarged with what contradicts them.
 
     Args:
         rows: From :func:`~.published.read_published`.
+        found: Their :func:`~.published.conflicts`.
     """
     shown = averages(rows, "commonsense")
-    shown["others"] = pd.Series(contradictions(shown, rows), index=shown.index)
+    shown["others"] = pd.Series(contradictions(shown, found), index=shown.index)
     models = list(dict.fromkeys(shown["model"]))
     counts = [int((shown["model"] == model).sum()) for model in models]
-    figure = Figure(figsize=(WIDTH, 1.6 + 0.235 * sum(counts) + 0.2 * len(counts)))
-    ratios: dict[str, Any] = {"height_ratios": counts, "width_ratios": [1, 1.35]}
-    panels = figure.subplots(len(models), 2, squeeze=False, sharex="col", gridspec_kw=ratios)
+    figure, panels = grid([0.235 * count + 0.2 for count in counts], 2, 1.6, widths=[1, 1.35], sharex="col")
     for (left, right), model in zip(panels, models, strict=True):
         same = shown[shown["model"] == model].reset_index(drop=True)
         published_bars(left, same["value"], same["method"], same["name"], "{:.1f}")
         left.set_title(model)
         _enlarged(right, same)
-    left.set(xlabel="average, %", xlim=(0, 105))
-    left.set_xticks(range(0, 101, 25))
-    right.set(xlabel="the same, enlarged; ◇: another source says", xlim=(72.5, 102))
-    right.set_xticks(range(75, 96, 5))
+    left.set(xlim=(0, 105), xticks=range(0, 101, 25))
+    right.set(xlim=(72.5, 110 if stacked() else 102), xticks=range(75, 96, 5))
+    label_below(panels, "average, %", "the same, enlarged; ◇: another source says")
     foot(figure, "Commonsense, eight sets.", origins(shown), "Beside names: trainable share as quoted.")
     return figure
 
@@ -62,13 +60,13 @@ def arithmetic(rows: pd.DataFrame) -> Figure:
         rows: From :func:`~.published.read_published`.
     """
     parts = [averages(rows, "arithmetic", table) for table in ("gsm8k", "math", AVERAGE)]
-    figure = Figure(figsize=(WIDTH, 1.35 + 0.26 * len(parts[0])))
-    for axes, table in zip(figure.subplots(1, 3), parts, strict=True):
+    figure, (panels,) = grid([0.26 * len(parts[0])], 3, 1.35)
+    for axes, table in zip(panels, parts, strict=True):
         published_bars(axes, table["value"], table["method"], table["name"], "{:.1f}")
         which = str(table["table"].iloc[0])
         axes.set(title="Average" if which == AVERAGE else which.upper(), xlabel="right answers, %")
-        if axes is not figure.axes[0]:
-            axes.set_yticklabels([])
+        if axes is not panels[0]:
+            names_beside(axes)
     model = parts[0]["model"].iloc[0]
     sources = origins(pd.concat(parts))
     foot(figure, f"{model} after MetaMathQA.", sources, "Beside names: trainable share as quoted.")
@@ -96,16 +94,15 @@ def averages(rows: pd.DataFrame, suite: str, table: str = AVERAGE) -> pd.DataFra
     return own.loc[order.sort_values(["model", "bits", "last"], ascending=[True, False, True], kind="stable").index]
 
 
-def contradictions(shown: pd.DataFrame, rows: pd.DataFrame) -> list[list[tuple[float, str]]]:
+def contradictions(shown: pd.DataFrame, found: pd.DataFrame) -> list[list[tuple[float, str]]]:
     """For each of the averages what other sources say instead: pairs of a value and who says so.
 
     Args:
         shown: From :func:`averages`.
-        rows: From :func:`~.published.read_published`.
+        found: From :func:`~.published.conflicts`.
     """
-    key = ["suite", "model", "method"]
-    found = conflicts(rows.merge(shown[key].drop_duplicates(), on=key)).to_dict("records")
-    return [_others(row, found) for row in shown.to_dict("records")]
+    pairs = found.to_dict("records")
+    return [_others(row, pairs) for row in shown.to_dict("records")]
 
 
 def _name(row: Mapping[Any, Any]) -> str:
@@ -121,7 +118,7 @@ def _others(row: Mapping[Any, Any], found: list[dict[Any, Any]]) -> list[tuple[f
     """Values that contradict a row, each with all who say so."""
     said: dict[float, list[str]] = {}
     for pair in found:
-        if (pair["model"], pair["method"]) != (row["model"], row["method"]):
+        if any(pair[key] != row[key] for key in ("suite", "model", "method")):
             continue
         for mine, other in ((1, 2), (2, 1)):
             if (pair[f"file_{mine}"], pair[f"setting_{mine}"]) == (row["file"], row["setting"]):
@@ -142,9 +139,12 @@ def _enlarged(axes: Axes, table: pd.DataFrame) -> None:
             )
             axes.plot(value, place + up, "D", markerfacecolor="white", markeredgecolor="black", markersize=5)
             right = max(row["value"], value)
-            words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(f"◇ {value:.1f}, {source}", (right, place), (7, 0), **words)
-    axes.set_yticks(range(len(table)), [])
+            words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": small()}
+            told = source.replace(" and ", "\nand ") if stacked() else source
+            said = axes.annotate(f"◇ {value:.1f}, {told}", (right, place), (7, 0), **words)
+            said.set_in_layout(False)  # the axes end far enough right of it
+    axes.set_yticks(range(len(table)), table["name"])
+    names_beside(axes)
     axes.set_ylim(len(table) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
 

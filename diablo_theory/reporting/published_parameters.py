@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from diablo_theory.reporting.drawing import accents, foot, plain_ticks
+from diablo_theory.reporting.drawing import accents, plain_ticks
+from diablo_theory.reporting.layout import foot, grid, label_below, legend, small, styled
 from diablo_theory.reporting.parameters import READINGS, reading
 from diablo_theory.reporting.published_bars import averages, origins
-from diablo_theory.reporting.style import GREY, WIDTH, styled
+from diablo_theory.reporting.style import GREY
 
 _PANELS = (
     ("commonsense", "LLaMA2-7B"),
@@ -32,20 +33,19 @@ def parameters(rows: pd.DataFrame, counts: pd.DataFrame) -> Figure:
         counts: From :func:`~.parameters.read_counts`.
     """
     placed = places(rows, counts)
-    figure = Figure(figsize=(WIDTH, 5.4))
-    for axes, (suite, model) in zip(figure.subplots(2, 2, sharex=True).ravel(), _PANELS, strict=True):
+    figure, panels = grid([2.3, 2.3], 2, 0.8, sharex=True)
+    for axes, (suite, model) in zip(panels.ravel(), _PANELS, strict=True):
         same = placed[(placed["suite"] == suite) & (placed["model"] == model)]
         _panel(axes, same)
         axes.set(title=f"{model}, {suite}", ylabel="average, %")
-    for axes in figure.axes[2:]:
-        axes.set_xlabel("trainable parameters, % of the model")
+    label_below(panels, *["trainable parameters, % of the model"] * 2)
     plain: dict[str, Any] = {"color": GREY, "linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 1.6}
     handles = [
         Line2D([], [], marker="o", label="counted on the true shapes", **plain),
         Line2D([], [], marker="|", markersize=9, label="as quoted, where that differs", **plain),
         Line2D([], [], marker="s", label="as quoted, not counted", **plain),
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    legend(figure, handles, 3)
     published = origins(placed).replace("Hollow, hatched: published", "Averages and quoted shares: published")
     foot(figure, published, "Counts on the true shapes: this project's own.")
     return figure
@@ -89,7 +89,7 @@ def _panel(axes: Axes, table: pd.DataFrame) -> None:
 
 def _label(axes: Axes, row: Mapping[Any, Any], at: tuple[float, float]) -> None:
     """DiaBlo's name above its mark, where it is clear of its neighbours; full fine-tuning's to the left."""
-    words: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+    words: dict[str, Any] = {"textcoords": "offset points", "fontsize": small()}
     if row["method"] == "diablo":
         axes.annotate(row["setting"], at, (0, 7), ha="center", va="bottom", **words)
     elif row["method"] == "full":

@@ -13,11 +13,11 @@ from diablo_theory.reporting.saved_tables import Kind, read_table
 BENCHMARKS = ("map", "layer", "growth")
 """In the order in which they are run and shown."""
 COLUMNS = ("benchmark", "quantity", "value", "low", "high", "unit", "n", "setting", "aim")
-PROVENANCE = ("package_version", "commit", "dirty", "cpu", "threads", "torch")
+PROVENANCE = ("package_version", "commit", "dirty", "cpu", "threads", "torch", "date")
 """What each line of a saved benchmark says of where it was made, beside ``COLUMNS``."""
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys((*COLUMNS, *PROVENANCE), "any"),
-    **dict.fromkeys(("benchmark", "quantity", "setting", "cpu", "torch"), "text"),
+    **dict.fromkeys(("benchmark", "quantity", "setting", "cpu", "torch", "date"), "text"),
     **dict.fromkeys(("unit", "aim"), "blank"),
     **dict.fromkeys(("value", "n", "threads"), "number"),
     **dict.fromkeys(("low", "high"), "optional"),

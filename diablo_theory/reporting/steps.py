@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.drawing import accents, fills, foot, here
+from diablo_theory.reporting.drawing import accents, fills, here
 from diablo_theory.reporting.intervals import time_ratio
+from diablo_theory.reporting.layout import foot, grid, label_below, names_beside, small, styled
 from diablo_theory.reporting.saved_tables import Kind, read_table
-from diablo_theory.reporting.style import WIDTH, styled
 
 PHASES = ("forward", "backward", "optimizer")
 _TIMES: dict[str, Kind] = {
@@ -24,7 +24,7 @@ _TIMES: dict[str, Kind] = {
     "round": "number",
 }
 _CONTENDERS: dict[str, Kind] = {
-    **dict.fromkeys(("workload", "name", "method", "cpu", "torch"), "text"),
+    **dict.fromkeys(("workload", "name", "method", "cpu", "device", "dtype", "torch", "date"), "text"),
     "trainable": "number",
     **dict.fromkeys(("num_blocks", "tokens", "static_mib", "step_peak_mib"), "positive"),
     **dict.fromkeys(("inputs_mib", "trainable_mib", "threads"), "number"),
@@ -228,7 +228,7 @@ def step_table(summary: pd.DataFrame) -> Table:
 def machine(summary: pd.DataFrame) -> str:
     """What steps were timed on, with what the figures' einsum is, for the foot of a figure."""
     first = summary.iloc[0]
-    where = f"Machine: {first['cpu']}, {first['threads']} threads, torch {first['torch']}."
+    where = f"Machine: {first['cpu']}, {first['threads']} threads, torch {first['torch']}, {first['dtype']}."
     einsum = "Light blue, einsum: DiaBlo's layer as its authors compute it."
     return f"{where} {einsum}" if "einsum" in set(summary["name"]) else where
 
@@ -244,10 +244,10 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         The figure.
     """
     counts = sorted(summary["num_blocks"].unique())
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.24 * len(summary)))
-    panels = figure.subplots(len(counts), 2, squeeze=False, sharex="col")
+    rows = [0.24 * int((summary["num_blocks"] == count).sum()) for count in counts]
+    figure, panels = grid(rows, 2, 1.3, sharex="col")
     here(*panels.ravel())
-    words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+    words: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": small()}
     for (left, right), count in zip(panels, counts, strict=True):
         part = summary[summary["num_blocks"] == count].sort_values("over_floor", ascending=False)
         places = range(len(part))
@@ -266,16 +266,15 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         right.barh(places, memory, color=fills(names), height=0.6)
         for place, value in zip(places, memory, strict=True):
             right.annotate(f"{value:,.0f}", (value, place), (4, 0), **words)
-        right.set_yticks(list(places), [])
-        right.tick_params(left=False)
+        right.set_yticks(list(places), part["method"])
+        names_beside(right)
         left.set_title(f"N = {count}", loc="left")
         for panel in (left, right):
             panel.set_ylim(-0.6, len(part) - 0.4)
             panel.grid(visible=False, axis="y")
     panels[-1, 0].set_xlim(0.98, max(1.01, min(SLOWEST, 1.06 * summary["over_floor"].max())))
     panels[-1, 1].set_xlim(0, 1.2 * (summary["static_mib"] + summary["step_peak_mib"]).max())
-    panels[-1, 0].set_xlabel("whole step, ratio to the floor")
-    panels[-1, 1].set_xlabel("memory at rest + peak of a step, MiB")
+    label_below(panels, "whole step, ratio to the floor", "memory at rest + peak of a step, MiB")
     workload = summary["workload"].iloc[0]
     bars = "Lines: 95% intervals. The floor: the same step with everything frozen."
     foot(figure, f"Measured here: {workload}.", machine(summary), bars)

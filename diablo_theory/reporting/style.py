@@ -6,17 +6,18 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from diablo_theory.files import write_with
 
-WIDTH = 7.0  # inches: a text block on A4 or letter paper, so the fonts print at their nominal size
 GREY = "#595959"
 DIABLO_BLUE = "#0072B2"
 LIGHT_BLUE = "#56B4E9"
@@ -53,8 +54,6 @@ UNDATED: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
 }
 
-P = ParamSpec("P")
-
 
 @dataclass(frozen=True)
 class Look:
@@ -90,17 +89,6 @@ _OTHERS = (  # Tol's muted palette, which the same readers tell apart
 )
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in this project's style, leaving matplotlib's global settings alone."""
-
-    @wraps(draw)
-    def in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(RC):
-            return draw(*args, **kwargs)
-
-    return in_style
-
-
 def looks(pairs: Sequence[tuple[str, str]]) -> dict[str, Look]:
     """Give each method a look that depends only on its kind and on how many of the kind came before.
 
@@ -120,27 +108,55 @@ def looks(pairs: Sequence[tuple[str, str]]) -> dict[str, Look]:
     return chosen
 
 
-def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+def save(figure: Figure, folder: Path, stem: str, kinds: Sequence[str] = tuple(UNDATED)) -> list[Path]:
     """Write a figure as PDF, SVG and PNG, whole or not at all, with the same bytes for the same data.
 
     Args:
         figure: The figure.
         folder: Where the files go.
         stem: File name without its suffix.
+        kinds: Suffixes, of :data:`UNDATED`.
 
     Returns:
-        The three files, in the order of :data:`UNDATED`.
+        The files, in the order of the kinds.
     """
     written = []
     with mpl.rc_context(RC):
-        for suffix, metadata in UNDATED.items():
+        solve(figure)
+        figure.set_layout_engine("none")  # solved once, for files that are alike
+        for suffix in kinds:
             path = folder / f"{stem}{suffix}"
             drawn = io.BytesIO()  # matplotlib's own writing hides a full disk behind an error of its clean-up
-            figure.savefig(drawn, format=suffix[1:], metadata=metadata)
+            _PRINTERS[suffix](figure, drawn, UNDATED[suffix])
             content = drawn.getvalue() if suffix != ".svg" else _numbered_clips(drawn.getvalue())
             write_with(path, methodcaller("write_bytes", content))
             written.append(path)
     return written
+
+
+_PDF: Any = FigureCanvasPdf  # their printers have no types
+_SVG: Any = FigureCanvasSVG
+_PNG: Any = FigureCanvasAgg
+
+
+def solve(figure: Figure) -> None:
+    """Give panels, legends and notes of a figure their places."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+
+
+def _print_png(figure: Figure, into: io.BytesIO, metadata: dict[str, Any]) -> None:
+    figure.set_dpi(mpl.rcParams["savefig.dpi"])
+    _PNG(figure).print_png(into, metadata=metadata)
+
+
+#: Canvases are asked directly: ``savefig`` would draw everything once more for each file, to solve the layout again.
+_PRINTERS: dict[str, Callable[[Any, io.BytesIO, dict[str, Any]], None]] = {
+    ".pdf": lambda figure, into, metadata: _PDF(figure).print_pdf(into, metadata=metadata),
+    ".svg": lambda figure, into, metadata: _SVG(figure).print_svg(into, metadata=metadata),
+    ".png": _print_png,
+}
 
 
 def _numbered_clips(svg: bytes) -> bytes:

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from diablo_theory.reporting.drawing import base_names, dots, foot, here, line, plain_ticks, size
-from diablo_theory.reporting.style import WIDTH, Look, looks, styled
+from diablo_theory.reporting.drawing import base_names, dots, here, line, plain_ticks, size
+from diablo_theory.reporting.layout import fit, foot, grid, label_below, names_beside, stacked, styled, width
+from diablo_theory.reporting.style import Look, looks
 from diablo_theory.reporting.tables import TASK_NAMES, task_name
 
 LOSS = "held-out loss, nats/token"
@@ -33,20 +34,17 @@ def methods(table: pd.DataFrame, note: str) -> Figure:
     table = table.dropna(subset=["loss_per_token"])
     tasks = list(dict.fromkeys(table["task"]))
     lines = max(table["task"].value_counts())
-    figure = Figure(figsize=(WIDTH, 0.4 + (0.85 + 0.22 * lines) * len(tasks)))
-    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    figure, panels = grid([0.85 + 0.22 * lines] * len(tasks), 2, 0.4, stack=False)
     here(*panels.ravel())
     look = _looks(table)
     for (left, right), task in zip(panels, tasks, strict=True):
         same = table[table["task"] == task].reset_index(drop=True)
         dots(left, same, "exact_match", look, "{:.1f}")
         left.set(title=f"{task_name(task)}, {size(same)}", xlim=(-3, 103))
-        left.set_xticks(range(0, 101, 25))
+        left.set_xticks(range(0, 101, 50 if stacked() else 25))
         _losses(right, same, look)
-        right.set_yticklabels([])
-        right.tick_params(left=False)
-    panels[-1, 0].set_xlabel("exact match, % (more is better)")
-    panels[-1, 1].set_xlabel(f"{LOSS} (less is better)")
+        names_beside(right)
+    label_below(panels, "exact match, % (more is better)", f"{LOSS} (less is better)")
     foot(figure, said, "Axes of losses differ by task and do not start at zero.", note)
     return figure
 
@@ -64,8 +62,10 @@ def settings(sections: Mapping[str, pd.DataFrame], note: str) -> Figure:
     # Curves and named rows have a part of the figure each, so that names take no room from curves.
     curves = [name for name in shown if name not in _NAMED]
     parts = [names for names in (curves, [name for name in _NAMED if name in shown]) if names]
-    heights = [0.75 + max(_height(name, shown[name]) for name in names) for names in parts]
-    figure = Figure(figsize=(WIDTH, 0.7 + sum(heights)))
+    if stacked():
+        parts = [[name] for names in parts for name in names]
+    heights = [(0.6 if stacked() else 0.75) + max(_height(name, shown[name]) for name in names) for names in parts]
+    figure = Figure(figsize=(width(), fit(0.7 + sum(heights))))
     figures = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights).ravel()
     for part, names in zip(figures, parts, strict=True):
         for axes, name in zip(part.subplots(1, len(names), squeeze=False).ravel(), names, strict=True):
@@ -125,7 +125,7 @@ def _losses(axes: Axes, table: pd.DataFrame, look: Mapping[str, Look]) -> None:
     near = table[table["loss_per_token"] <= FAR * table["loss_per_token"].min()]
     low, high = near["loss_per_token_low"].min(), near["loss_per_token_high"].max()
     axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(3 if stacked() else 6, steps=[1, 2, 5, 10]))
     end = axes.get_xlim()[1]
     for place, loss in enumerate(table["loss_per_token"]):
         if loss > end:
@@ -176,7 +176,8 @@ def _with_base(table: pd.DataFrame) -> list[str]:
 
 def _height(name: str, table: pd.DataFrame) -> float:
     """Inches of a panel: rows take what their names need."""
-    return 1.75 if name not in _NAMED else len(table) * (0.34 if name == "bases" else 0.25)
+    curve, row, two_lines = (1.1, 0.2, 0.3) if stacked() else (1.75, 0.25, 0.34)
+    return curve if name not in _NAMED else len(table) * (two_lines if name == "bases" else row)
 
 
 _DRAWERS = {"learning_rates": _rates, "blocks": _blocks, "patterns": _rows, "bases": _rows}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.drawing import foot, own_bars, published_bars
+from diablo_theory.reporting.drawing import own_bars, published_bars
+from diablo_theory.reporting.layout import foot, names_beside, spanning, styled
 from diablo_theory.reporting.published_bars import origins
 from diablo_theory.reporting.steps import machine
-from diablo_theory.reporting.style import WIDTH, styled
 
 _LEFT_OUT = ("floor", "inputs")  # no methods: what a step costs that trains nothing
 
@@ -26,11 +26,8 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     count = int(summary["num_blocks"].max())
     own = summary[(summary["num_blocks"] == count) & ~summary["name"].isin(_LEFT_OUT)]
     own = own.sort_values("over_lora").reset_index(drop=True)
-    heights = [len(minutes), len(ratios), len(own)]
-    figure = Figure(figsize=(WIDTH, 2.8 + 0.25 * sum(heights)))
-    grid = figure.add_gridspec(3, 2, height_ratios=heights)
-    epoch, ratio = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, :])
-    step, memory = figure.add_subplot(grid[2, 0]), figure.add_subplot(grid[2, 1])
+    heights = [0.25 * len(table) for table in (minutes, ratios, own)]
+    figure, ((epoch,), (ratio,), (step, memory)) = spanning(heights, (1, 1, 2), 2.8)
     for axes, table, spec in ((epoch, minutes, "{:.0f}"), (ratio, ratios, "{:.2f}")):
         published_bars(axes, table["value"], table["method"], table["setting"].str.partition(",")[0], spec)
     epoch.set(title="Published: the paper", xlabel="minutes an epoch, hardware unstated")
@@ -43,7 +40,7 @@ def time_memory(rows: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     peaks = own.assign(peak=own["static_mib"] + own["step_peak_mib"])
     own_bars(memory, peaks, "peak", names, own["method"], "{:,.0f}")
     memory.set(title="Measured here: memory", xlabel="at rest and peak of a step, MiB")
-    memory.set_yticklabels([])
+    names_beside(memory)
     saved = cost[cost["metric"] == "memory_saved_pct"].to_dict("records")
     said = "".join(f"Published of memory alone: {row['setting']}, {row['value']:g}% saved." for row in saved)
     where = f"{own['workload'].iloc[0]}, all methods at the parameters of DiaBlo with N = {count}"

@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION, WIDTH
+from diablo_theory.reporting.layout import grid, legend, styled
+from diablo_theory.reporting.style import DIABLO_BLUE, LORA_VERMILLION
 
 
+@styled
 def verdict_margins(verdicts: pd.DataFrame) -> Figure:
     """Claim margins of every verdict by check: claims belong to the right of zero, controls to the left.
 
@@ -16,8 +18,7 @@ def verdict_margins(verdicts: pd.DataFrame) -> Figure:
         verdicts: Columns ``check, role, claim_margin, passed``.
     """
     checks = list(dict.fromkeys(verdicts["check"]))
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.32 * len(checks)))
-    axes = figure.subplots()
+    figure, ((axes,),) = grid([0.9 + 0.32 * len(checks)], 1)
     axes.axvline(0, color="black", linewidth=1)
     styles = {"claim": (DIABLO_BLUE, "o", -0.16), "control": (LORA_VERMILLION, "^", 0.16)}
     for role, (color, marker, shift) in styles.items():
@@ -34,5 +35,5 @@ def verdict_margins(verdicts: pd.DataFrame) -> Figure:
     axes.set_xlabel(
         "decades between what was measured and the tolerance: the claim held to the right, failed to the left"
     )
-    figure.legend(loc="outside upper left", ncols=3)
+    legend(figure, axes.get_legend_handles_labels()[0], 3)
     return figure

@@ -33,14 +33,15 @@ def test_every_figure_is_kept_as_it_is_drawn_or_says_which_command_is_missing(tm
     """One test, since drawing all takes a while."""
     written, skipped = figures.draw_figures(SAVED, tmp_path)
     made = {path.stem for path in written}
+    assert {path.stem for path in written if path.parent.name == "column"} == made
     assert made | set(skipped) == set(figures.all_plans(SAVED))
     assert not made & set(skipped)
     for why in skipped.values():
         assert re.search(r"`diablo-theory \w+", why), why
         assert "paper_results" in why
-    kept = {path.name for path in KEPT.iterdir() if path.suffix in UNDATED}
+    kept = {path.relative_to(KEPT) for path in KEPT.rglob("*") if path.suffix in UNDATED}
     # A kept file that nothing draws is an orphan; one that is missing was forgotten.
-    assert kept == {path.name for path in written}, "run `python figures/make_figures.py`"
+    assert kept == {path.relative_to(tmp_path) for path in written}, "run `python figures/make_figures.py`"
     changed = {stem: share for stem in made if (share := apart(*(f / f"{stem}.png" for f in (KEPT, tmp_path)))) > FEW}
     assert not changed, "these look otherwise than those kept: `python figures/make_figures.py`, look, and keep them"
 
@@ -77,7 +78,10 @@ def test_another_process_draws_the_same_bytes(tmp_path):
         # Sets come in another order there, and it is another second: a date or an order in a file would show.
         command = [sys.executable, "-m", "diablo_theory", "figures", "--results", SAVED, "--out", tmp_path / seed]
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
+    one, two = (
+        {path.relative_to(tmp_path / seed): path.read_bytes() for path in (tmp_path / seed).rglob("*.*")}
+        for seed in ("1", "2")
+    )
     assert one
     assert one == two
 

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -242,3 +244,25 @@ def test_the_difference_of_two_scores_is_newcombe_s(n, m, p, q):
     assert (found.low, found.high) == pytest.approx((found.value - below, found.value + above))
     back = intervals.independent_difference(two, one)
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low), abs=1e-9)
+
+
+def test_resamples_are_drawn_in_one_stream_and_in_little_memory():
+    units = 3000
+    tracemalloc.start()
+    counts = intervals._counts.__wrapped__(units, 7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * intervals.RESAMPLES * units  # doubles would take eight bytes each
+    whole = np.random.default_rng(7).multinomial(units, np.full(units, 1 / units), size=1200)
+    np.testing.assert_array_equal(counts[:1200], whole)
+    assert (counts.sum(axis=1) == units).all()
+
+
+def test_a_cluster_weighs_as_many_times_as_it_is_drawn():
+    rng = np.random.default_rng(3)
+    top, bottom = rng.random((2, 9)), 1 + rng.random((2, 9))
+    clusters = np.array([0, 1, 1, 2, 0, 3, 3, 3, 2])
+    (draws,) = intervals._resample([(top, bottom)], clusters, 5)
+    counts = intervals._counts(4, 5).astype(float)
+    each = [(top[seed] * counts[:, clusters]).sum(1) / (bottom[seed] * counts[:, clusters]).sum(1) for seed in (0, 1)]
+    np.testing.assert_allclose(draws, np.mean(each, axis=0))

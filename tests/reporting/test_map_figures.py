@@ -70,7 +70,8 @@ def test_a_coordinate_that_varies_unseen_is_refused():
 
 def test_small_maps_stand_in_the_order_of_their_values():
     cells = pd.DataFrame([row for t in (4, 1) for n in (1.0, 0.0) for row in four(noise=n, target_rank=t)])
-    titles = [axes.get_title() for axes in maps.lead_maps(cells, "rank_x", "num_blocks", "target_rank", "noise").axes]
+    drawn = maps.lead_maps(cells, "rank_x", "num_blocks", "target_rank", "noise")
+    titles = [axes.get_title(loc="left") for axes in drawn.axes]
     assert titles == [
         "target rank 1, noise 1",
         "target rank 4, noise 1",

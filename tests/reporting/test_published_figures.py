@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from diablo_theory.reporting import beside_published, published_bars, published_parameters, time_memory
 from diablo_theory.reporting.drawing import HERE_TINT
 from diablo_theory.reporting.parameters import read_counts
-from diablo_theory.reporting.published import read_published
+from diablo_theory.reporting.published import conflicts, read_published
 from diablo_theory.reporting.steps import read_steps, summarise
 from diablo_theory.reporting.style import LIGHT_BLUE
 
@@ -62,7 +62,7 @@ def test_averages_are_the_papers_with_the_quoted_share_and_charts_fill_gaps(comm
 
 
 def test_contradictions_are_found_and_named(rows, commonsense):
-    others = pd.Series(published_bars.contradictions(commonsense, rows)).groupby(
+    others = pd.Series(published_bars.contradictions(commonsense, conflicts(rows))).groupby(
         [commonsense["model"], commonsense["method"]]
     )
     found = others.first()
@@ -73,7 +73,7 @@ def test_contradictions_are_found_and_named(rows, commonsense):
 
 
 def test_contradictions_are_drawn(rows):
-    figure = published_bars.commonsense(rows)
+    figure = published_bars.commonsense(rows, conflicts(rows))
     words = [text.get_text() for axes in figure.axes for text in axes.texts]
     right = figure.axes[1]
     published, other = (next(line for line in right.lines if line.get_marker() == shape) for shape in "oD")
@@ -83,7 +83,8 @@ def test_contradictions_are_drawn(rows):
 
 @pytest.mark.parametrize("name", ["commonsense", "arithmetic"])
 def test_published_bars_are_hollow_and_say_whose_they_are(rows, name):
-    figure = getattr(published_bars, name)(rows)
+    more = [conflicts(rows)] if name == "commonsense" else []
+    figure = getattr(published_bars, name)(rows, *more)
     assert not any(filled(axes) for axes in figure.axes if axes.patches)
     assert "published, full scale, not reproduced here (quoted from arXiv 2506.03230v2, by way of a note" in said(
         figure

@@ -15,6 +15,7 @@ HERE = {
     "cpu": "a processor",
     "threads": 2,
     "torch": "2.0.0",
+    "date": "2026-11-29",
 }
 LINES = pd.DataFrame(ROWS, columns=list(COLUMNS)).assign(**HERE)
 

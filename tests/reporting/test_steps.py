@@ -28,6 +28,7 @@ def saved(tmp_path):
     ]
     pd.DataFrame(times).to_csv(tmp_path / "times.csv", index=False)
     here = {"cpu": "c", "threads": 2, "torch": "2", "commit": "", "dirty": False}
+    here |= {"device": "cpu", "dtype": "float32", "date": "2026-11-29"}
     pd.DataFrame(contenders).assign(**here).to_csv(tmp_path / "contenders.csv", index=False)
     return tmp_path
 
@@ -68,7 +69,7 @@ def test_the_figure_has_a_row_of_panels_for_each_block_count(saved):
     assert [text.get_text() for text in figure.axes[1].texts] == ["153", "152", "151", "150"]
     said = " ".join(figure.get_supxlabel().split())
     assert said.startswith(
-        f"Measured here: {WORK}. Machine: c, 2 threads, torch 2. Light blue, einsum: DiaBlo's layer"
+        f"Measured here: {WORK}. Machine: c, 2 threads, torch 2, float32. Light blue, einsum: DiaBlo's layer"
     )
     without = summarise(times, contenders[contenders["name"] != "einsum"])
     assert "einsum" not in draw_steps(without).get_supxlabel()
