@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from diablo_theory import methods
-from diablo_theory.errors import ResultsError
+from diablo_theory.errors import ConfigError, ResultsError
 from diablo_theory.finetune.planning import KNOWN, PAPER_TARGETS, Trained, Work, model_shapes, trained
 from diablo_theory.finetune.planning.shapes import MATRICES
 from diablo_theory.reporting.parameters import COUNTS
@@ -37,7 +37,7 @@ def count_published(folder: Path) -> pd.DataFrame:
         A row a quoted count, in the columns of :data:`~diablo_theory.reporting.parameters.COUNTS`.
 
     Raises:
-        ResultsError: If the folder cannot be read, or holds no such row.
+        ResultsError: If the folder cannot be read, or holds no such row, or one whose size its model does not have.
     """
     rows = read_published(folder)
     quoted = rows[
@@ -62,9 +62,13 @@ def _knob(row: Mapping[Any, Any]) -> int | None:
 
 
 def _counted(row: Mapping[Any, Any]) -> dict[str, Any]:
-    found, whole = _trained(row, "lora" if row["method"] in _AS_LORA else row["method"])
-    # Papers quote DoRA with LoRA's count, too.
-    bare = _trained(row, "lora")[0] if row["method"] == "dora" else None
+    try:
+        found, whole = _trained(row, "lora" if row["method"] in _AS_LORA else row["method"])
+        # Papers quote DoRA with LoRA's count, too.
+        bare = _trained(row, "lora")[0] if row["method"] == "dora" else None
+    except ConfigError as error:
+        where = f"{row['file']}.csv, {row['setting']} on {row['model']}, table {row['table']} of {row['suite']}"
+        raise ResultsError(f"{where}: this cannot be counted: {error}") from error
     return {
         **{key: row[key] for key in ("suite", "model", "method", "setting", "file")},
         "matrices": ",".join(name.removesuffix("_proj") for name in TARGETS[row["suite"]]),

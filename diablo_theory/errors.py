@@ -103,10 +103,17 @@ def _fields(model: type[BaseModel] | None, within: Iterable[str]) -> set[str]:
     """Names of the keys at a place; none where it is not known which model stands there."""
     models = [] if model is None else [model]
     for name in within:
-        if not name.isdecimal():  # the place in a list says nothing of what is in it
+        if tagged := [one for one in models if _is_tagged(one, name)]:
+            models = tagged
+        elif not name.isdecimal():  # the place in a list says nothing of what is in it
             fields = [one.model_fields[name] for one in models if name in one.model_fields]
             models = [inner for field in fields for inner in _models_in(field.annotation)]
     return {name for one in models for name in one.model_fields}
+
+
+def _is_tagged(model: type[BaseModel], name: str) -> bool:
+    """Whether a model is the one of a union that pydantic calls by this name: a key of it allows this value alone."""
+    return any(get_args(field.annotation) == (name,) for field in model.model_fields.values())
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

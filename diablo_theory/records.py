@@ -13,7 +13,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diablo_theory.errors import ResultsError, refusal
+from diablo_theory.errors import ResultsError, brief, refusal
 from diablo_theory.files import AGAIN, read_json
 
 CONFIG, METRICS, FAILED, ERROR = "config.json", "metrics.json", "failed.json", "error.txt"
@@ -71,6 +71,24 @@ def read_checked(path: Path, kind: type[BaseModel], advice: str = AGAIN) -> dict
     return found
 
 
+def read_csv(file: Path, advice: str = AGAIN, **options: Any) -> pd.DataFrame:
+    """A CSV file.
+
+    Args:
+        file: The file.
+        advice: What to do if it is damaged.
+        options: Those of :func:`pandas.read_csv`.
+
+    Raises:
+        ResultsError: If pandas cannot read it; what that says is told in one line.
+    """
+    try:
+        frame: pd.DataFrame = pd.read_csv(file, **options)
+    except (ValueError, OSError) as error:  # pandas' own parser errors are ValueErrors
+        raise ResultsError(f"{file} cannot be read ({brief(error)}). {advice}") from error
+    return frame
+
+
 def read_predictions(file: Path, advice: str = AGAIN) -> pd.DataFrame:
     """What a run has answered on one task.
 
@@ -84,10 +102,7 @@ def read_predictions(file: Path, advice: str = AGAIN) -> pd.DataFrame:
     Raises:
         ResultsError: If the file cannot be read, lacks a column, holds a problem twice, or a number that cannot be.
     """
-    try:
-        items: pd.DataFrame = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(TEXT, str))
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}). {advice}") from error
+    items = read_csv(file, advice, keep_default_na=False, dtype=dict.fromkeys(TEXT, str))
     numbers = ("item", "loss_sum", "tokens")
     if missing := [name for name in (*numbers, *TEXT) if name not in items]:
         raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {advice}")
@@ -122,10 +137,7 @@ def read_log(file: Path, steps: int | None, advice: str = AGAIN) -> pd.DataFrame
     Raises:
         ResultsError: If it cannot be read, lacks a column or a number, or holds other steps.
     """
-    try:
-        log: pd.DataFrame = pd.read_csv(file)
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error}). {advice}") from error
+    log = read_csv(file, advice)
     # A step that a loss scaler skipped has no norm.
     lost = [name for name in LOGGED if name not in log or not is_numeric_dtype(log[name])]
     lost += [name for name in ("step", "loss", "seconds") if name not in lost and log[name].isna().any()]

@@ -15,7 +15,7 @@ from diablo_theory.finetune.config import overridden, read_run_file
 from diablo_theory.finetune.tasks import TASKS
 from diablo_theory.methods import Method
 from diablo_theory.progress import Board
-from diablo_theory.records import FAILED, PREDICTIONS, read_predictions
+from diablo_theory.records import FAILED, PREDICTIONS, read_csv, read_predictions
 from diablo_theory.reporting.intervals import score
 
 #: A factor of about three between neighbours, wide enough that no method's best is at an edge.
@@ -73,7 +73,7 @@ def tune(
     table["chosen"] = table.index.isin(best.index)
     file = out / "learning_rates.csv"
     if file.is_file():  # other tasks and methods keep their rows
-        before = pd.read_csv(file)
+        before = read_csv(file)
         redone = (before["task"] == task) & before["method"].isin(methods)
         table = pd.concat([before[~redone], table], ignore_index=True)
     write_with(file, lambda path: table.to_csv(path, index=False))

@@ -59,6 +59,16 @@ def test_the_command_tells_and_writes(shell, tmp_path):
     assert "holds no published numbers" in told.replace("\n", " ")
 
 
+@pytest.mark.parametrize("size", ["0", "123456"])
+def test_a_size_that_no_model_has_is_told_with_its_row(tmp_path, size):
+    name = "commonsense_diablo.csv"
+    text = (ROOT / "paper_results" / "published" / name).read_text()
+    (tmp_path / name).write_text(text.replace("DiaBlo N=128", f"DiaBlo N={size}"))
+    message = rf"{name}, DiaBlo N={size} on LLaMA2-7B, .*: this cannot be counted: num_blocks must be .*, got {size}"
+    with pytest.raises(ResultsError, match=message):
+        count_published(tmp_path)
+
+
 def test_damaged_tables_are_told(tmp_path):
     with pytest.raises(ResultsError, match=r"counts.csv cannot be read .*diablo-theory count"):
         read_counts(tmp_path / "counts.csv")

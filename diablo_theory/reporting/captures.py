@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import here
 from diablo_theory.reporting.layout import foot, grid, legend, styled
+from diablo_theory.reporting.names import CAPTURED, STARTS
+from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import DIABLO_BLUE, GREY, looks
 from diablo_theory.reporting.terminal import terminal_table
 
@@ -29,6 +34,26 @@ LAYER_NOTE = (
     "every X_i has the rank of X; percentages: captured of what full fine-tuning of the layer captures; leak share: "
     "S3's leak over the full gradient."
 )
+
+
+_CAPTURES: dict[str, Kind] = {"layer": "text", "method": CAPTURED, "start": STARTS, "capture": "number"}
+
+
+def read_captures(file: Path, layers: pd.DataFrame) -> pd.DataFrame:
+    """The ``captures.csv`` that ``diablo-theory diagnose --out`` wrote, a row a layer, method and start.
+
+    Args:
+        file: The file.
+        layers: What ``layers.csv`` beside it says.
+
+    Raises:
+        ResultsError: See :func:`~.saved_tables.read_table`; or if the two are not of the same layers.
+    """
+    command = "diablo-theory diagnose"
+    found = read_table(file, _CAPTURES, command, [("layer", "method", "start")])
+    if apart := sorted(set(found["layer"]) ^ set(layers["layer"])):
+        raise ResultsError(f"{file} and layers.csv beside it are not both of {apart[0]}; `{command}` writes them")
+    return found
 
 
 @styled

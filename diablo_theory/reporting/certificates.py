@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.captures import measured_at, short_name
 from diablo_theory.reporting.drawing import here, plain_ticks
 from diablo_theory.reporting.layout import foot, grid, legend, styled
@@ -18,24 +19,29 @@ from diablo_theory.reporting.style import DIABLO_BLUE, GREY, LORA_VERMILLION
 #: What the figure shows of a layer.
 COLUMNS: dict[str, Kind] = {
     "layer": "text",
-    "num_blocks": "number",
-    "tokens": "number",
+    "num_blocks": "count",
+    "tokens": "count",
     "premise_holds": "flag",
     **dict.fromkeys(("grad_full", "grad_blocks", "amplification", "leak", "bound"), "number"),
 }
 
 
 def read_layers(file: Path, columns: Mapping[str, Kind] = COLUMNS) -> pd.DataFrame:
-    """A table that ``diablo-theory diagnose --out`` wrote.
+    """The ``layers.csv`` that ``diablo-theory diagnose --out`` wrote, a row a layer.
 
     Args:
-        file: ``layers.csv`` or ``captures.csv``.
+        file: The file.
         columns: What it must have.
 
     Raises:
-        ResultsError: See :func:`~.saved_tables.read_table`.
+        ResultsError: See :func:`~.saved_tables.read_table`; or if its layers are not all of one N.
     """
-    return read_table(file, columns, "diablo-theory diagnose")
+    table = read_table(file, columns, "diablo-theory diagnose", [("layer",)])
+    if len(counts := sorted(set(table["num_blocks"]))) > 1:
+        raise ResultsError(
+            f"{file} is of several N ({', '.join(map(str, counts))}); `diablo-theory diagnose` writes it"
+        )
+    return table
 
 
 @styled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,7 +44,10 @@ class Claim(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    claims: tuple[Claim, ...] = Field(min_length=1)
+    claims: tuple[dict[str, Any], ...] = Field(min_length=1)
+
+
+_Checked = TypeVar("_Checked", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,24 @@ def read_claims(file: Path) -> tuple[Claim, ...]:
 
     Raises:
         ConfigError: If it is missing or no YAML.
-        ResultsError: If a claim or question lacks something, has a key that is none, or an id occurs twice.
+        ResultsError: If a claim or question lacks something, has a key or a name that is none, or an id occurs twice.
     """
-    try:
-        found = _File.model_validate(read_yaml(file))
-    except ValidationError as error:
-        raise ResultsError(f"{file}: {refusal(error)}") from None
-    ids = [claim.id for claim in found.claims]
+    written = _checked(_File, read_yaml(file), str(file)).claims
+    claims = tuple(
+        _checked(Claim, one, f"{file}, claim {one.get('id', place)}") for place, one in enumerate(written, 1)
+    )
+    ids = [claim.id for claim in claims]
     for name in ids:
         if ids.count(name) > 1:
             raise ResultsError(f"{file}: the id {name!r} occurs twice")
-    return found.claims
+    return claims
+
+
+def _checked(kind: type[_Checked], written: Any, where: str) -> _Checked:
+    try:
+        return kind.model_validate(written)
+    except ValidationError as error:
+        raise ResultsError(f"{where}: {refusal(error, kind)}") from None
 
 
 def decide(claim: Claim, evidence: Evidence) -> Decided:

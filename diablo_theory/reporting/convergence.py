@@ -18,13 +18,14 @@ from diablo_theory.reporting.layout import foot, grid, legend, stacked, styled
 from diablo_theory.reporting.saved_tables import Kind, read_table
 from diablo_theory.reporting.style import Look, looks
 
+_NAMES = {"full": "Full", "diablo": "DiaBlo", "lora": "LoRA", "lora-frozen-a": "LoRA, frozen A"}
+_TITLES = {"holds": "Premise holds", "fails": "Premise fails"}
 COLUMNS: dict[str, Kind] = {
-    **dict.fromkeys(("premise", "method"), "text"),
+    "premise": tuple(_TITLES),
+    "method": tuple(_NAMES),
     **dict.fromkeys(("rank", "parameters", "iteration", "excess", "floor"), "number"),
     **dict.fromkeys(("step", "left", "factor"), "optional"),
 }
-_NAMES = {"full": "Full", "diablo": "DiaBlo", "lora": "LoRA", "lora-frozen-a": "LoRA, frozen A"}
-_TITLES = {"holds": "Premise holds", "fails": "Premise fails"}
 _LEAST = 1e-13  # of the first excess: below it differences are rounding
 
 
@@ -35,7 +36,7 @@ def read_descent(folder: Path) -> pd.DataFrame:
         ResultsError: See :func:`~.saved_tables.read_table`; or if a method has no step.
     """
     file, command = folder / "descent.csv", "diablo-theory descend"
-    table = read_table(file, COLUMNS, command)
+    table = read_table(file, COLUMNS, command, [("premise", "method", "iteration")])
     for (premise, method), run in table.groupby(["premise", "method"]):
         if not (run["iteration"] > 0).any():
             raise ResultsError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +26,7 @@ from diablo_theory.records import (
     read_log,
     read_predictions,
 )
+from diablo_theory.reporting.names import METHODS, one_of
 
 #: What both files of a finished run say: one that says otherwise has been changed.
 _IN_BOTH = ("suite", "method", "model", "seed")
@@ -36,7 +37,9 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
-class _Quantise(_Part):
+class Quantise(_Part):
+    """How a base is quantised."""
+
     method: str
     bits: Count
 
@@ -46,10 +49,10 @@ class _Config(_Part):
 
     suite: str
     model: str
-    method: str
+    method: Annotated[str, one_of("method", METHODS)]
     protocol: str
     dtype: str
-    quantise: _Quantise | None
+    quantise: Quantise | None
     num_blocks: Count
     learning_rate: Real = Field(gt=0)
     evaluate_on: list[str] = Field(min_length=1)
@@ -65,13 +68,26 @@ class _Named(_Part):
     trainable_pct: Real = Field(ge=0, le=100)
 
 
+class _Provenance(_Part):
+    """Where a run was done, as :func:`diablo_theory.provenance.provenance` says it; older ones have no date."""
+
+    cpu: str
+    device: str
+    torch: str
+    transformers: str
+    peft: str
+    commit: str | None
+    dirty: bool | None
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+
+
 class _Metrics(Metrics):
     suite: str
     model: str
     method: str
     seed: Count
     model_sha256: str | None
-    provenance: dict[str, Any]
+    provenance: _Provenance
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from diablo_theory.errors import ResultsError
+from diablo_theory.errors import ResultsError, nearest
 from diablo_theory.files import experiments_folder, read_json
 from diablo_theory.reading import read_yaml
 from diablo_theory.reporting.certificates import read_layers
@@ -28,7 +28,7 @@ from diablo_theory.reporting.suites import Suites, read_suites
 _LAYERS: dict[str, Kind] = {
     "layer": "text",
     "premise_holds": "flag",
-    **dict.fromkeys(("block_rows", "energy_rank", "num_blocks", "tokens"), "positive"),
+    **dict.fromkeys(("block_rows", "energy_rank", "num_blocks", "tokens"), "count"),
     **dict.fromkeys(("tightness", "leak_share"), "number"),
     **dict.fromkeys((f"capture_{name}" for name in ("diablo", "lora_set", "lora_tangent", "lora_frozen")), "number"),
 }
@@ -160,15 +160,27 @@ class Evidence:
         return f"{found[1]}, {re.sub(' at [0-9]+ to [0-9]+% of the peak rate', '', found[2])}"
 
     def stated(self, run: str) -> dict[str, Any]:
-        """What a run file says, over the defaults; arguments and errors are those of :meth:`needs`."""
+        """What a run file says, over the defaults.
+
+        Args:
+            run: The file, below ``experiments``.
+
+        Raises:
+            ResultsError: If there is no such file, or it is none of a run.
+        """
         file = _run_file(run)
-        return read_yaml(experiments_folder() / "defaults.yaml") | read_yaml(file) | {"suite": file.parent.name}
+        defaults, said = read_yaml(experiments_folder() / "defaults.yaml"), read_yaml(file)
+        if strange := sorted(said.keys() - defaults.keys()):
+            raise ResultsError(
+                f"{file} is no file of a run, which has no key {strange[0]!r}.{nearest(strange[0], defaults)}"
+            )
+        return defaults | said | {"suite": file.parent.name}
 
     def of_run(self, run: str) -> pd.DataFrame:
         """What collected runs of a run file scored: rows of :attr:`scores`, of one experiment.
 
         Of several experiments with what the file says (a model's weights may differ) it is the one of the most seeds.
-        Arguments and errors are those of :meth:`needs`.
+        Arguments and errors are those of :meth:`stated`.
         """
         ids = made_from(self.suites.configs, self.stated(run))["run_id"]
         named = self.experiments
@@ -193,7 +205,8 @@ class Evidence:
 def _run_file(run: str) -> Path:
     file = experiments_folder() / run
     if not file.is_file():
-        raise ResultsError(f"there is no run file {file}")
+        known = {path.relative_to(experiments_folder()).as_posix() for path in experiments_folder().glob("*/*.yaml")}
+        raise ResultsError(f"there is no run file {run!r} below {experiments_folder().name}.{nearest(run, known)}")
     return file
 
 

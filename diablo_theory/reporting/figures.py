@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting import beside_published, plots, published_bars
-from diablo_theory.reporting.captures import capture_figure, measured_at
+from diablo_theory.reporting.captures import capture_figure, measured_at, read_captures
 from diablo_theory.reporting.certificates import certificates, read_layers
 from diablo_theory.reporting.convergence import convergence, read_descent
 from diablo_theory.reporting.evidence import Evidence
@@ -25,7 +25,6 @@ from diablo_theory.reporting.method_diagram import method_diagram
 from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
 from diablo_theory.reporting.published_parameters import parameters
 from diablo_theory.reporting.results import ResultsData, collect
-from diablo_theory.reporting.saved_tables import Kind
 from diablo_theory.reporting.steps import draw_steps, summarise
 from diablo_theory.reporting.suite_plots import TITLES, methods, settings
 from diablo_theory.reporting.suites import ROWS
@@ -41,9 +40,6 @@ _BENCH = "`diablo-theory bench --out paper_results/steps` produces"
 _TRANSCRIBED = "transcribed by hand and kept in the repository, which has"
 _PUBLISHED, _COUNTS, _STEPS = "published", "counts.csv", "steps/contenders.csv"
 _SUITES = f"reproduced/suites/{ROWS}"
-
-
-_CAPTURES: dict[str, Kind] = {"layer": "text", "method": "text", "start": "text", "capture": "number"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ ENTRIES = {
         "Published averages against trainable parameters, as quoted and as counted again on the true shapes.",
     ),
     "time_memory": Entry(
-        lambda saved: time_memory(saved.published, summarise(*saved.steps)),
+        lambda saved: time_memory(saved.published, _beside_lora(saved)),
         (_PUBLISHED, _STEPS),
         _BENCH,
         "Time and memory: what papers print, and what was measured here.",
@@ -125,7 +121,7 @@ ENTRIES = {
     ),
     "captures": Entry(
         lambda saved: capture_figure(
-            read_layers(saved.papers / "diagnosis" / "captures.csv", _CAPTURES),
+            read_captures(saved.papers / "diagnosis" / "captures.csv", saved.layers),
             measured_at(saved.layers, saved.layers_model),
         ),
         ("diagnosis/captures.csv", "diagnosis/layers.csv"),
@@ -220,6 +216,15 @@ def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:
     if not found:
         raise NothingToDrawError(f"no collected run is of {' or '.join(names)}; {_COLLECT} some")
     return found
+
+
+def _beside_lora(saved: Evidence) -> pd.DataFrame:
+    """The step benchmark, in ratios to LoRA's step."""
+    summary = summarise(*saved.steps)
+    largest = summary[summary["num_blocks"] == summary["num_blocks"].max()]
+    if "lora" not in set(largest["name"]):
+        raise NothingToDrawError(f"the step benchmark was run without LoRA at its largest N; {_BENCH} it")
+    return summary
 
 
 def _note(saved: Evidence) -> str:

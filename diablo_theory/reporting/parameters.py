@@ -8,6 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.names import PUBLISHED
+from diablo_theory.reporting.published import METHOD_NAMES
 from diablo_theory.reporting.saved_tables import Kind, read_table
 
 #: Of a table of counts, with what each column holds.
@@ -27,6 +30,8 @@ COUNTS = {
     "pct_bare": "of DoRA, without its magnitudes",
     "pct_bare_wide_kv": "both",
 }
+#: By what rows are told apart, and found again among the published ones.
+KEY = ("suite", "model", "method", "setting", "file")
 #: Ways of counting a percentage, by column, the true one first.
 READINGS = {
     "pct": "as counted",
@@ -41,12 +46,21 @@ def read_counts(file: Path) -> pd.DataFrame:
     """A table of counts that ``diablo-theory count`` wrote.
 
     Raises:
-        ResultsError: If the file cannot be read or lacks a column.
+        ResultsError: See :func:`~.saved_tables.read_table`; or if a row quotes nothing.
     """
     kinds: dict[str, Kind] = dict.fromkeys(COUNTS, "optional")
-    kinds |= dict.fromkeys(("suite", "model", "method", "setting", "file", "matrices"), "text")
+    kinds |= {"suite": tuple(PUBLISHED), "method": tuple(METHOD_NAMES)}
+    kinds |= dict.fromkeys(("model", "setting", "file", "matrices"), "text")
+    kinds |= dict.fromkeys(("quoted_pct", "quoted_params"), "amount")
     kinds |= dict.fromkeys(("params", "pct", "pct_wide_kv", "pct_of_all"), "number")
-    return read_table(file, kinds, "diablo-theory count")[list(COUNTS)]
+    table = read_table(file, kinds, "diablo-theory count", [KEY])[list(COUNTS)]
+    nothing = table["quoted_pct"].isna() & table["quoted_params"].isna()
+    if nothing.any():
+        line = int(nothing.to_numpy().argmax()) + 2
+        raise ResultsError(
+            f"{file}, line {line}: quoted_pct and quoted_params are empty; allowed: one of them at most"
+        )
+    return table
 
 
 def reading(row: Mapping[Any, Any]) -> str:

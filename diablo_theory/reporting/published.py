@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from diablo_theory.errors import ResultsError, nearest
-from diablo_theory.reporting.results import COLUMNS, KEY, PERCENT_METRICS, validate_rows
+from diablo_theory.errors import ResultsError
+from diablo_theory.records import read_csv
+from diablo_theory.reporting.names import PUBLISHED, known
+from diablo_theory.reporting.results import COLUMNS, KEY, PERCENT_METRICS, refuse_cell, validate_rows
 
 #: Metrics that only published rows have, with their units.
 OTHER_METRICS = {
@@ -115,10 +117,8 @@ def read_published(folder: Path) -> pd.DataFrame:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    try:
-        rows = pd.read_csv(file, dtype=dict.fromkeys(_TEXT, str))
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{file} cannot be read ({error})") from error
+    advice = "It was transcribed by hand: put it back as it was."
+    rows = read_csv(file, advice, dtype=dict.fromkeys(_TEXT, str))
     for name in set(_TEXT) & set(rows):
         rows[name] = rows[name].fillna("")
     rows.index += 2  # rows are told by their lines, below the heading
@@ -131,17 +131,18 @@ def _read(file: Path) -> pd.DataFrame:
 
 
 def _require_published(rows: pd.DataFrame) -> None:
-    if not (rows["source"] == "published").all():
-        raise ResultsError("a row's source is not 'published'")
-    if not (rows["scale"] == "full").all():
-        raise ResultsError("a published row's scale is not 'full'")
-    if negative := sorted(set(rows.loc[rows["metric"].isin(OTHER_METRICS) & (rows["value"] < 0), "metric"])):
-        raise ResultsError(f"less than nothing of {', '.join(negative)}")
-    for method in set(rows["method"]) - set(METHOD_NAMES):
-        raise ResultsError(f"unknown method {method!r}.{nearest(method, METHOD_NAMES)}")
-    known = (*PERCENT_METRICS, *OTHER_METRICS)
-    for metric in set(rows["metric"]) - set(known):
-        raise ResultsError(f"unknown metric {metric!r}.{nearest(metric, known)}")
+    for column, allowed in (("source", "published"), ("scale", "full")):
+        refuse_cell(rows, column, rows[column] != allowed, allowed)
+    negative = rows["metric"].isin(OTHER_METRICS) & (rows["value"] < 0)
+    refuse_cell(rows, "value", negative, "nought or more")
+    for line, suite, table, method, metric in rows[["suite", "table", "method", "metric"]].itertuples(name=None):
+        try:
+            known("suite", suite, PUBLISHED)
+            known(f"table of {suite}", table, PUBLISHED[suite])
+            known("method", method, METHOD_NAMES)
+            known("metric", metric, (*PERCENT_METRICS, *OTHER_METRICS))
+        except ResultsError as error:
+            raise ResultsError(f"Row {line}: {error}") from None
 
 
 def odd_averages(rows: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from diablo_theory.reporting.drawing import accents, plain_ticks
 from diablo_theory.reporting.layout import foot, grid, label_below, legend, small, styled
-from diablo_theory.reporting.parameters import READINGS, reading
+from diablo_theory.reporting.parameters import KEY, READINGS, reading
 from diablo_theory.reporting.published_bars import averages, origins
 from diablo_theory.reporting.style import GREY
 
@@ -60,9 +60,8 @@ def places(rows: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
     """
     shown = pd.concat([averages(rows, suite) for suite in dict.fromkeys(suite for suite, _ in _PANELS)])
     shown = shown[shown["trainable_pct"].notna()]
-    key = ["suite", "model", "setting", "file"]
     counted = counts.assign(differs=[reading(row) != READINGS["pct"] for row in counts.to_dict("records")])
-    joined = shown.merge(counted[[*key, "pct", "differs"]], on=key, how="left", validate="one_to_one")
+    joined = shown.merge(counted[[*KEY, "pct", "differs"]], on=list(KEY), how="left")
     full = joined["trainable_pct"] == 100
     return joined.assign(
         true_pct=joined["pct"].mask(full, 100.0), differs=joined["differs"].eq(True) & joined["pct"].notna()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import is_numeric_dtype
+from pydantic import BaseModel, ConfigDict, Field
 
 from diablo_theory.errors import ResultsError, nearest
 from diablo_theory.files import read_json
-from diablo_theory.records import read_predictions
+from diablo_theory.records import Count, Real, read_checked, read_predictions
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, Estimate, score, time_ratio
+from diablo_theory.reporting.names import CHECKS, METHODS, PROFILES, one_of
+from diablo_theory.reporting.saved_tables import Kind, read_table, require_kinds
 
 #: Of results folders. 2: a run may be scored on several tasks, each with predictions and metrics of its own.
 LAYOUT_VERSION = 2
@@ -23,7 +25,8 @@ SOURCES = ("published", "reproduced")
 #: How a number came here: from this project's own runs; read where it was printed; from somebody's note or quotation;
 #: off a drawing, where the interval is the error of reading.
 CERTAINTIES = ("computed", "printed", "quoted", "measured")
-SCALES = ("full", "small")
+Scale = Literal["full", "small"]
+SCALES: tuple[str, ...] = get_args(Scale)
 PERCENT_METRICS = ("exact_match", "lenient_match", "passed", "trainable_pct", "memory_saved_pct", *METRICS_OF_SOME)
 KEY = ("source", "suite", "table", "model", "method", "setting", "metric", "seed", "run_id", "origin")
 COLUMNS = (
@@ -32,21 +35,106 @@ COLUMNS = (
     *("certainty", "origin", "schema_version"),
 )
 
-_VERDICT_COLUMNS = ["check", "statement", "role", "instance", "premise_margin", "claim_margin", "tolerance", "passed"]
-_ROLES = ("claim", "control")
-_MAP_COLUMNS = ["rank_x", "num_blocks", "lora_rank", "diablo_gap", "lora_gap", "frozen_gap", "in_theorem"]
+#: Columns of the tables of a results folder, with what each holds; an infinite margin is one of nothing.
+_VERDICTS: dict[str, Kind] = {
+    "check": CHECKS,
+    "role": ("claim", "control"),
+    **dict.fromkeys(("statement", "instance"), "text"),
+    **dict.fromkeys(("premise_margin", "claim_margin", "tolerance"), "real"),
+    "passed": "flag",
+}
+_MAP: dict[str, Kind] = {
+    **dict.fromkeys(("rank_x", "lora_rank", "diablo_gap", "lora_gap", "frozen_gap"), "number"),
+    "num_blocks": "count",
+    "in_theorem": "flag",
+}
+#: A training that diverged has an infinite loss.
+_RATES: dict[str, Kind] = {
+    **dict.fromkeys(("task", "method", "label"), "text"),
+    "learning_rate": "positive",
+    **dict.fromkeys(("seed", "n", "exact"), "number"),
+    **dict.fromkeys(("valid_loss", "loss_low", "loss_high"), "real"),
+    "chosen": "flag",
+}
+_LOG: dict[str, Kind] = {"step": "count", "loss": "number", "grad_norm": "optional"}
+_STEP_TIMES: dict[str, Kind] = {"round": "number", "method": "text", "seconds": "positive"}
+_MEMORY: dict[str, Kind] = {"method": "text", "static_mib": "positive", "step_peak_mib": "positive"}
 _RUN_KEYS = ["task", "model", "method", "label", "seed", "trainable_params", "trainable_pct", "n_test"]
 _RUN_KEYS += ["scale", "exact_means"]
 _RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seconds", "final_train_loss"]
-_RATE_COLUMNS = ["task", "method", "label", "learning_rate", "seed", "valid_loss", "chosen"]
-_RATE_INTERVAL = ["loss_low", "loss_high", "exact"]
-#: Columns of saved tables that hold numbers, infinite ones among them (a margin of nothing).
-_NUMBERS = {"premise_margin", "claim_margin", "tolerance", *_MAP_COLUMNS[:-1], "learning_rate", "seed", "valid_loss"}
-_NUMBERS |= {*_RATE_INTERVAL, "step", "loss", "grad_norm", "round", "seconds", "static_mib", "step_peak_mib"}
 #: An interval that ends at its own value may miss it by the last bits.
 _ROUNDING = 1e-9
 FULL_LABEL = "Full fine-tuning"
 _METHOD_ORDER = ("none", "full", "diablo", "lora")
+
+_Amount = Annotated[Real, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """What is read of a JSON file, which may say more, and may leave out what has a default."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Model(_Part):
+    name: str = ""
+    source: str | None = None
+    sha256: str | None = None
+
+
+class _Settings(_Part):
+    overrides: dict[str, Any] = {}
+
+
+class _Manifest(_Part):
+    """What manifest.json says."""
+
+    scale: Scale
+    profile: Annotated[str, one_of("profile", PROFILES)] = "default"
+    settings: _Settings = _Settings()
+    model: _Model = _Model()
+    package_version: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    peft: str | None = None
+    platform: str | None = None
+    cpu: str | None = None
+    threads: Count | None = None
+    device: str | None = None
+    commit: str | None = None
+    commits: list[str | None] = []
+    dirty: bool | None = None
+    started: str | None = None
+    finished: str | None = None
+    memory_gib: _Amount | None = None
+    peak_rss_gib: _Amount | None = None
+    seconds: _Amount | None = None
+    stages: dict[str, _Amount] = {}
+
+
+class _Scores(_Part):
+    n: Count | None = None
+    means: dict[str, str] = {}
+
+
+class _Run(_Part):
+    """What config.json and metrics.json say of a run, whichever of them does."""
+
+    model: str | None = None
+    method: Annotated[str, one_of("method", METHODS)] | None = None
+    label: str | None = None
+    seed: Count | None = None
+    scale: Scale | None = None
+    trainable_params: Count | None = None
+    trainable_pct: Annotated[Real, Field(ge=0, le=100)] | None = None
+    num_blocks: Count | None = None
+    learning_rate: Annotated[Real, Field(gt=0)] | None = None
+    steps: Count | None = None
+    batch_size: Count | None = None
+    train_seconds: _Amount | None = None
+    final_train_loss: Real | None = None
+    scores: dict[str, _Scores] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,17 +186,18 @@ def collect(results: Path) -> ResultsData:
     finished = [folder for folder in folders if (folder / "metrics.json").exists()]
     runs = _runs_table([row for folder in finished for row in _read_run(folder)])
     by_id = {folder.name: folder for folder in finished}
+    bench = results / "bench"
     return ResultsData(
         path=results,
         manifest=manifest,
         verdicts=read_verdicts(results),
-        gap_map=_optional(results / "theory" / "map.csv", _MAP_COLUMNS, _MAP_COLUMNS),
+        gap_map=_optional(results / "theory" / "map.csv", _MAP),
         runs=runs,
         logs={r: _read_log(f) for r, f in by_id.items() if (f / "log.csv").exists()},
         items=_all_items(runs, by_id),
-        step_times=_optional(results / "bench" / "step_times.csv", ["round", "method", "seconds"]),
-        memory=_optional(results / "bench" / "memory.csv", ["method", "static_mib", "step_peak_mib"]),
-        learning_rates=_optional(results / "learning_rates.csv", [*_RATE_COLUMNS, *_RATE_INTERVAL], _RATE_COLUMNS),
+        step_times=_optional(bench / "step_times.csv", _STEP_TIMES, ("round", "method")),
+        memory=_optional(bench / "memory.csv", _MEMORY, ("method",)),
+        learning_rates=_optional(results / "learning_rates.csv", _RATES, ("task", "label", "learning_rate", "seed")),
         unfinished=tuple(folder.name for folder in folders if folder not in finished),
     )
 
@@ -117,15 +206,10 @@ def read_verdicts(results: Path) -> pd.DataFrame:
     """Trials of the theory checks of a results folder; an empty frame where there are none.
 
     Raises:
-        ResultsError: If their file is damaged.
+        ResultsError: If their file is damaged, or the folder is of another schema version.
     """
-    path = results / "theory" / "verdicts.csv"
-    found = _optional(path, _VERDICT_COLUMNS, ["check", "statement", "role", "claim_margin", "passed"])
-    if "passed" in found and found["passed"].dtype != bool:
-        raise ResultsError(f"{path}: passed is to be True or False in every line, and is not")
-    for role in sorted(set(found["role"]) - set(_ROLES) if len(found) else ()):
-        raise ResultsError(f"{path}: role is {role!r}; allowed: {', '.join(_ROLES)}")
-    return found
+    _read_manifest(results)
+    return _optional(results / "theory" / "verdicts.csv", _VERDICTS)
 
 
 def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -141,39 +225,43 @@ def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
         ResultsError: Naming the row, the column, the value and what is allowed.
     """
     if "schema_version" in rows:  # first, since rows of another one may differ in anything
-        _refuse(rows, "schema_version", rows["schema_version"] != SCHEMA_VERSION, str(SCHEMA_VERSION))
+        refuse_cell(rows, "schema_version", rows["schema_version"] != SCHEMA_VERSION, str(SCHEMA_VERSION))
     for column in rows.columns:
         if column not in COLUMNS:
             raise ResultsError(f"Unknown column {column!r} in the result rows.{nearest(str(column), COLUMNS)}")
     missing = [column for column in COLUMNS if column not in rows.columns]
     if missing:
         raise ResultsError(f"The result rows lack the column(s) {', '.join(missing)}; needed: {', '.join(COLUMNS)}.")
-    _refuse(rows, "source", ~rows["source"].isin(SOURCES), f"one of {', '.join(SOURCES)}")
-    _refuse(rows, "scale", ~rows["scale"].isin(SCALES), f"one of {', '.join(SCALES)}")
-    _refuse(rows, "certainty", ~rows["certainty"].isin(CERTAINTIES), f"one of {', '.join(CERTAINTIES)}")
+    refuse_cell(rows, "source", ~rows["source"].isin(SOURCES), f"one of {', '.join(SOURCES)}")
+    refuse_cell(rows, "scale", ~rows["scale"].isin(SCALES), f"one of {', '.join(SCALES)}")
+    refuse_cell(rows, "certainty", ~rows["certainty"].isin(CERTAINTIES), f"one of {', '.join(CERTAINTIES)}")
     computed = rows["certainty"] == "computed"
     of_others = CERTAINTIES[1:]
-    _refuse(rows, "certainty", (rows["source"] == "reproduced") & ~computed, "computed, for a reproduced number")
-    _refuse(
+    refuse_cell(rows, "certainty", (rows["source"] == "reproduced") & ~computed, "computed, for a reproduced number")
+    refuse_cell(
         rows, "certainty", (rows["source"] == "published") & computed, f"{', '.join(of_others)} for a published one"
     )
     nowhere = rows["origin"].isna() | (rows["origin"] == "")
-    _refuse(rows, "origin", (rows["source"] == "published") & nowhere, "where a published number stands")
-    _refuse(rows, "metric", rows["metric"].isna() | (rows["metric"] == ""), "the name of what was measured")
+    refuse_cell(rows, "origin", (rows["source"] == "published") & nowhere, "where a published number stands")
+    refuse_cell(rows, "metric", rows["metric"].isna() | (rows["metric"] == ""), "the name of what was measured")
     for column in ("suite", "table"):
-        _refuse(rows, column, rows[column].isna() | (rows[column] == ""), "a name")
+        refuse_cell(rows, column, rows[column].isna() | (rows[column] == ""), "a name")
+    nameless = rows["model"].isna() | (rows["model"] == "")  # as the theory is
+    refuse_cell(rows, "model", (rows["source"] == "published") & nameless, "a name")
     for column in ("value", "trainable_params", "trainable_pct", "ci_low", "ci_high", "stderr", "n"):
         number = pd.to_numeric(rows[column], errors="coerce")
         finite = np.isfinite(number.to_numpy(float, na_value=np.nan))
-        _refuse(rows, column, ~finite & rows[column].notna(), "a number")
-    _refuse(rows, "value", rows["value"].isna(), "a number")
-    _refuse(rows, "trainable_pct", _outside(rows["trainable_pct"]), "a percentage from 0 to 100")
+        refuse_cell(rows, column, ~finite & rows[column].notna(), "a number")
+    refuse_cell(rows, "value", rows["value"].isna(), "a number")
+    refuse_cell(rows, "trainable_pct", _outside(rows["trainable_pct"]), "a percentage from 0 to 100")
     percent = rows["metric"].isin(PERCENT_METRICS)
-    _refuse(rows, "value", percent & _outside(rows["value"]), "a percentage from 0 to 100")
+    refuse_cell(rows, "value", percent & _outside(rows["value"]), "a percentage from 0 to 100")
     value, low, high = (pd.to_numeric(rows[name]) for name in ("value", "ci_low", "ci_high"))
-    _refuse(rows, "ci_low", low > value + _ROUNDING * value.abs(), "at most the value")
-    _refuse(rows, "ci_high", high < value - _ROUNDING * value.abs(), "at least the value")
-    _refuse(rows, "trainable_params", pd.to_numeric(rows["trainable_params"]) < 0, "nought or more")
+    refuse_cell(rows, "ci_low", low > value + _ROUNDING * value.abs(), "at most the value")
+    refuse_cell(rows, "ci_high", high < value - _ROUNDING * value.abs(), "at least the value")
+    for column in ("trainable_params", "stderr"):
+        refuse_cell(rows, column, pd.to_numeric(rows[column]) < 0, "nought or more")
+    refuse_cell(rows, "n", pd.to_numeric(rows["n"]) < 1, "1 or more")
     repeated = rows.duplicated(subset=list(KEY), keep="first")
     if repeated.any():
         row = rows.loc[repeated].iloc[0]
@@ -267,7 +355,8 @@ def _outside(values: pd.Series) -> pd.Series:
     return (number < 0) | (number > 100)
 
 
-def _refuse(rows: pd.DataFrame, column: str, bad: pd.Series, allowed: str) -> None:
+def refuse_cell(rows: pd.DataFrame, column: str, bad: pd.Series, allowed: str) -> None:
+    """Raise ResultsError for the first bad row of the tidy schema, with its number, its value and what is allowed."""
     if bad.any():
         row = rows.index[bad][0]
         value = rows[column][bad].tolist()[0]  # Python's own, as a reader knows it
@@ -280,7 +369,7 @@ def _read_manifest(results: Path) -> dict[str, Any]:
         raise ResultsError(
             f"{results} holds no manifest.json, so it is no results folder. `diablo-theory reproduce` makes one."
         )
-    manifest = read_json(path)
+    manifest = read_json(path, _again(path))
     found = manifest.get("schema_version")
     if found != LAYOUT_VERSION:
         raise ResultsError(
@@ -288,51 +377,33 @@ def _read_manifest(results: Path) -> dict[str, Any]:
             f"diablo-theory {manifest.get('package_version', '(unknown)')}, which wrote it, or run `diablo-theory "
             "reproduce` again into a new folder."
         )
-    if not isinstance(manifest.get("model", {}), dict):
-        raise ResultsError(f"{path}: model is {manifest['model']!r}; allowed: its name, source and sha256")
-    if manifest.get("scale") not in SCALES:
-        raise ResultsError(f"{path} says the scale {manifest.get('scale')!r}; allowed: {', '.join(SCALES)}")
-    return manifest
+    return read_checked(path, _Manifest, _again(path))
+
+
+def _again(path: Path) -> str:
+    return f"Delete {path} and run `diablo-theory reproduce` again."
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ResultsError(f"{path} is missing. Delete {folder} and run `diablo-theory reproduce` again.")
-    return read_json(path)
+        raise ResultsError(f"{path} is missing. {_again(folder)}")
+    return read_checked(path, _Run, _again(path))
 
 
-def _read_csv(path: Path, columns: list[str], filled: list[str]) -> pd.DataFrame:
-    advice = f"Delete {path} and run `diablo-theory reproduce` again."
-    try:
-        frame: pd.DataFrame = pd.read_csv(path)
-    except (ValueError, OSError) as error:  # pandas' own parser errors are ValueErrors
-        raise ResultsError(f"{path} cannot be read ({error}). {advice}") from error
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ResultsError(f"{path} lacks the column(s) {', '.join(missing)}. {advice}")
-    for column in filled:
-        if frame[column].isna().any():
-            line = int(frame.index[frame[column].isna()][0]) + 2
-            raise ResultsError(f"{path} is truncated or damaged: no {column} in line {line}. {advice}")
-    for column in _NUMBERS & set(frame.columns):
-        if not is_numeric_dtype(frame[column]):
-            bad = frame[column].notna() & pd.to_numeric(frame[column], errors="coerce").isna()
-            line, value = int(frame.index[bad][0]) + 2, frame.loc[bad, column].tolist()[0]
-            raise ResultsError(f"{path}, line {line}: {column} is {value!r}; allowed: a number. {advice}")
-    return frame
+def _read_csv(path: Path, columns: dict[str, Kind], *keys: tuple[str, ...]) -> pd.DataFrame:
+    return read_table(path, columns, "diablo-theory reproduce", keys, _again(path))
 
 
-def _optional(path: Path, columns: list[str], filled: list[str] | None = None) -> pd.DataFrame:
-    return _read_csv(path, columns, columns if filled is None else filled) if path.exists() else pd.DataFrame()
+def _optional(path: Path, columns: dict[str, Kind], *keys: tuple[str, ...]) -> pd.DataFrame:
+    return _read_csv(path, columns, *keys) if path.exists() else pd.DataFrame()
 
 
 def _read_run(folder: Path) -> list[dict[str, Any]]:
     """A row for each task that a run was scored on."""
-    merged = _read_config(folder) | read_json(folder / "metrics.json")
+    metrics = folder / "metrics.json"
+    merged = _read_config(folder) | read_checked(metrics, _Run, _again(metrics))
     rows = []
-    if not isinstance(merged.get("scores") or {}, dict):
-        raise ResultsError(f"{folder / 'metrics.json'}: scores is no mapping of tasks to scores")
     for task, scores in (merged.get("scores") or {"": {}}).items():
         of_task = {"task": task, "n_test": scores.get("n"), "exact_means": scores.get("means", {}).get("exact")}
         row = {"run_id": folder.name} | {key: (merged | of_task).get(key) for key in [*_RUN_KEYS, *_RUN_EXTRAS]}
@@ -362,18 +433,22 @@ def _runs_table(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _read_log(folder: Path) -> pd.DataFrame:
-    return _read_csv(folder / "log.csv", ["step", "loss", "grad_norm"], ["step", "loss"])
+    path = folder / "log.csv"
+    log = _read_csv(path, _LOG, ("step",))
+    parts = [name for name in map(str, log) if name.startswith("grad_norm/")]
+    require_kinds(log, dict.fromkeys(parts, "optional"), path, _again(path))
+    return log
 
 
 def _all_items(runs: pd.DataFrame, folders: dict[str, Path]) -> pd.DataFrame:
     frames = []
     for run in runs.itertuples(index=False):
         path = folders[str(run.run_id)] / "predictions" / f"{run.task}.csv"
-        frame = read_predictions(path, f"Delete {path} and run `diablo-theory reproduce` again.")
+        frame = read_predictions(path, _again(path))
         if len(frame) != run.n_test:
             raise ResultsError(
                 f"{path} holds {len(frame)} test problems where metrics.json says {run.n_test}: it is truncated or "
-                f"damaged. Delete {path.parent} and run `diablo-theory reproduce` again."
+                f"damaged. {_again(path.parent)}"
             )
         if "lenient" not in frame:
             frame["lenient"] = float("nan")

@@ -15,28 +15,38 @@ from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.drawing import accents, fills, here
 from diablo_theory.reporting.intervals import time_ratio
 from diablo_theory.reporting.layout import foot, grid, label_below, names_beside, small, styled
+from diablo_theory.reporting.names import CONTENDERS
 from diablo_theory.reporting.saved_tables import Kind, read_table
 
 PHASES = ("forward", "backward", "optimizer")
+#: All that is timed of a step, and the step itself.
+_TIMED = (*PHASES, "step")
 _TIMES: dict[str, Kind] = {
-    **dict.fromkeys(("workload", "method", "phase"), "text"),
-    **dict.fromkeys(("num_blocks", "seconds"), "positive"),
+    **dict.fromkeys(("workload", "method"), "text"),
+    "phase": _TIMED,
+    "num_blocks": "count",
+    "seconds": "positive",
     "round": "number",
 }
 _CONTENDERS: dict[str, Kind] = {
-    **dict.fromkeys(("workload", "name", "method", "cpu", "device", "dtype", "torch", "date"), "text"),
+    **dict.fromkeys(("workload", "method", "cpu", "device", "dtype", "torch", "date"), "text"),
+    "name": CONTENDERS,
     "trainable": "number",
-    **dict.fromkeys(("num_blocks", "tokens", "static_mib", "step_peak_mib"), "positive"),
+    **dict.fromkeys(("num_blocks", "tokens"), "count"),
+    **dict.fromkeys(("static_mib", "step_peak_mib"), "positive"),
     **dict.fromkeys(("inputs_mib", "trainable_mib", "threads"), "number"),
     **dict.fromkeys(("commit", "dirty"), "any"),
 }
-#: By which rows are told apart.
-_KEYS = ("workload", "num_blocks", "round", "name", "method", "phase")
+#: What is compared: everything of one workload and one N.
+_PLACE = ("workload", "num_blocks")
 _KERNELS: dict[str, Kind] = {
     "kernel": "text",
     **dict.fromkeys(("m1", "m2", "num_blocks", "ratio", "smallest", "largest"), "number"),
 }
-_GROWTH: dict[str, Kind] = {"varied": "text", **dict.fromkeys(("num_blocks", "tokens", "exponent"), "number")}
+_GROWTH: dict[str, Kind] = {
+    "varied": ("num_blocks", "tokens"),
+    **dict.fromkeys(("num_blocks", "tokens", "exponent"), "number"),
+}
 _LOADING: dict[str, Kind] = dict.fromkeys(
     (
         *("num_blocks", "parameters", "model_mib", "adapter_mib"),
@@ -55,21 +65,43 @@ AIMS = (
 SLOWEST = 1.35
 #: Bytes beyond the floor and the adapted layers' inputs that merged mode may take, for each byte that trains.
 BYTES_PER_BYTE = 6
+_COMMAND = "diablo-theory bench --out"
 
 
 def read_steps(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The times and contenders that ``diablo-theory bench --out`` wrote.
 
     Raises:
-        ResultsError: If a file is missing, damaged or of another kind.
+        ResultsError: If a file is missing, damaged or of another kind, or the two are not of one benchmark.
     """
-    tables = []
-    for name, columns in (("times", _TIMES), ("contenders", _CONTENDERS)):
-        path = folder / f"{name}.csv"
-        tables.append(read_table(path, columns, "diablo-theory bench --out"))
-        if tables[-1].duplicated([key for key in _KEYS if key in columns]).any():
-            raise ResultsError(f"{path} has rows that occur twice; `diablo-theory bench --out` writes it")
-    return tables[0], tables[1]
+    times = read_table(folder / "times.csv", _TIMES, _COMMAND, [(*_PLACE, "round", "method", "phase")])
+    keys = [(*_PLACE, "name"), (*_PLACE, "method")]
+    contenders = read_table(folder / "contenders.csv", _CONTENDERS, _COMMAND, keys)
+    _require_whole(folder, times, contenders)
+    return times, contenders
+
+
+def _require_whole(folder: Path, times: pd.DataFrame, contenders: pd.DataFrame) -> None:
+    """Refuse what lacks the floor somewhere, or a time of a method in some round."""
+    methods = (table[[*_PLACE, "method"]] for table in (times, contenders))
+    timed, listed = (set(found.itertuples(index=False, name=None)) for found in methods)
+    for workload, count, method in sorted(timed ^ listed):
+        raise ResultsError(
+            f"{folder}: only one of times.csv and contenders.csv has {method!r} at N = {count} on {workload}; "
+            f"`{_COMMAND}` writes both"
+        )
+    for (workload, count), part in contenders.groupby(list(_PLACE)):
+        if "floor" not in set(part["name"]):
+            raise ResultsError(
+                f"{folder / 'contenders.csv'} has no floor at N = {count} on {workload}; `{_COMMAND}` writes it"
+            )
+        own = times[(times["workload"] == workload) & (times["num_blocks"] == count)]
+        for number, found in own.groupby("round").size().items():
+            if found != len(part) * len(_TIMED):
+                raise ResultsError(
+                    f"{folder / 'times.csv'} has {found} times in round {number} at N = {count} on {workload}, not "
+                    f"{len(_TIMED)} of each of {len(part)} methods; `{_COMMAND}` writes it"
+                )
 
 
 def summarise(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
@@ -151,6 +183,8 @@ def aims(times: pd.DataFrame, contenders: pd.DataFrame) -> pd.DataFrame:
                 measured = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
                 what = f"step, {name} over {reference}"
                 lines.append((what, count, measured, f"{asked:.2f}", _MET[ratio.within(high=asked)]))
+        if "diablo" not in labels:
+            continue
         memory = by["static_mib"] + by["step_peak_mib"]
         ours = by.loc["diablo"]
         limits = {"floor + inputs + 6 x trainable": memory["floor"] + ours["inputs_mib"]}

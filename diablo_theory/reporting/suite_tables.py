@@ -191,7 +191,7 @@ def summary(suites: Suites) -> str:
     dates = sorted(str(date) for date in made["date"].dropna())
     when = f" {dates[0]}" if dates and dates[0] == dates[-1] else f" {dates[0]} to {dates[-1]}" if dates else ""
     commits = ", ".join(sorted({str(commit)[:10] for commit in made["commit"]}))
-    changed = " (with changes)" if made["dirty"].astype(bool).any() else ""
+    changed = " (with changes)" if made["dirty"].eq(True).any() else ""
     runs = f"{ended['finished']} runs{lost} at {scales} scale"
     return f"{runs}, {trained:.1f} h of training{when} on {where}; commit {commits}{changed}."
 

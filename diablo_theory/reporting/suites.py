@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import TypeAdapter
 
-from diablo_theory.errors import ResultsError
+from diablo_theory.errors import ResultsError, brief
 from diablo_theory.files import atomic_path
-from diablo_theory.reporting.ended_runs import ended, read_outcomes, read_record, read_training
+from diablo_theory.reporting.ended_runs import Quantise, ended, read_outcomes, read_record, read_training
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, score
+from diablo_theory.reporting.names import METHODS, TASKS
 from diablo_theory.reporting.results import COLUMNS, SCALES, SCHEMA_VERSION, validate_rows
-from diablo_theory.reporting.saved_tables import Kind, require_kinds
+from diablo_theory.reporting.saved_tables import Kind, require_kinds, require_once
 
 #: Files of a collection.
 ROWS, CONFIGS, OUTCOMES, TRAINING = "rows.csv", "configs.csv", "outcomes.csv.gz", "training.csv.gz"
@@ -137,15 +139,28 @@ _NEEDED = {
 #: What cells of a collection hold, where tables and claims calculate with them.
 _KINDS: dict[str, dict[str, Kind]] = {
     CONFIGS: {
-        **dict.fromkeys(("suite", "model", "method", "label", "train_on", "dtype"), "text"),
+        "scale": SCALES,
+        "state": ("finished", "diverged"),
+        "eval_split": ("test", "validation"),
+        "method": METHODS,
+        **dict.fromkeys(("suite", "model", "label", "train_on", "evaluate_on", "dtype"), "text"),
         **dict.fromkeys(("learning_rate", "num_blocks", "batch_size"), "positive"),
         **dict.fromkeys(("trainable_params", "train_seconds", "steps_done", "peak_memory_mib"), "optional"),
         "seed": "number",
     },
-    OUTCOMES: {"tokens": "positive", "loss_sum": "number", "seed": "number"},
+    OUTCOMES: {"task": TASKS, "tokens": "positive", "loss_sum": "number", "seed": "number"},
     TRAINING: {"step": "positive"},
 }
-_WORDS = {"scale": SCALES, "state": ("finished", "diverged"), "eval_split": ("test", "validation")}
+#: What finished runs, beside that, say of where they were done.
+_MADE: dict[str, Kind] = {**dict.fromkeys(("cpu", "device", "data"), "text"), "dirty": "maybe"}
+#: Cells that hold JSON, with what that is.
+_JSON: dict[str, tuple[TypeAdapter[Any], str]] = {
+    "evaluate_on": (TypeAdapter(list[str]), "a list of tasks"),
+    "data": (TypeAdapter(dict[str, str | None]), "digests by task"),
+    "quantise": (TypeAdapter(Quantise), "method and bits"),
+}
+#: By what rows are told apart.
+_KEYS = {CONFIGS: ("run_id",), OUTCOMES: ("run_id", "task", "item"), TRAINING: ("run_id", "step")}
 
 
 def _require_cells(folder: Path, frames: dict[str, pd.DataFrame]) -> None:
@@ -153,24 +168,20 @@ def _require_cells(folder: Path, frames: dict[str, pd.DataFrame]) -> None:
     for name, kinds in _KINDS.items():
         if len(frames[name]):
             require_kinds(frames[name], kinds, folder / name, "Collect again")
-    configs, outcomes, training = (frames[name] for name in (CONFIGS, OUTCOMES, TRAINING))
-    for column, allowed in _WORDS.items():
-        for value in set(configs[column]) - set(allowed):
-            raise ResultsError(f"{CONFIGS}: {column} is {value!r}; allowed: {', '.join(allowed)}")
-    for column in ("evaluate_on", "data", "quantise"):
+            require_once(frames[name], _KEYS[name], folder / name, "Collect again")
+    configs, outcomes = frames[CONFIGS], frames[OUTCOMES]
+    require_kinds(configs[configs["state"] == "finished"], _MADE, folder / CONFIGS, "Collect again")
+    for column, (kind, allowed) in _JSON.items():
         for value in configs[column].dropna():
             try:
-                json.loads(value)
-            except (ValueError, TypeError) as error:
-                raise ResultsError(f"{CONFIGS}: {column} is {value!r}, which is no JSON") from error
+                kind.validate_json(value)
+            except (ValueError, TypeError):
+                raise ResultsError(f"{CONFIGS}: {column} is {value!r}; allowed: {allowed}, as JSON") from None
     for column in {above for above, below, _ in (METRICS | METRICS_OF_SOME).values() if below is None}:
         if column in outcomes:
             there = outcomes[column].dropna()  # not every task has every metric
             if not pd.to_numeric(there, errors="coerce").between(0, 1).all():
                 raise ResultsError(f"{OUTCOMES}: {column} is not a share from 0 to 1 everywhere")
-    for name, frame, key in ((CONFIGS, configs, ["run_id"]), (TRAINING, training, ["run_id", "step"])):
-        if len(frame) and frame.duplicated(key).any():
-            raise ResultsError(f"{name} has rows that occur twice, by {' and '.join(key)}")
     if (outcomes["loss_sum"] < 0).any():
         raise ResultsError(f"{OUTCOMES}: a loss_sum is below 0")
 
@@ -182,7 +193,11 @@ def _suites(frames: dict[str, pd.DataFrame]) -> Suites:
             raise ResultsError(f"{name} lacks the column(s) {', '.join(missing)}")
     rows = frames[ROWS]
     rows = rows.assign(note=rows["note"].fillna("")) if "note" in rows else rows
-    return Suites(validate_rows(rows), frames[CONFIGS], frames[OUTCOMES], frames[TRAINING])
+    try:
+        rows = validate_rows(rows)
+    except ResultsError as error:
+        raise ResultsError(f"{ROWS}: {error}") from None
+    return Suites(rows, frames[CONFIGS], frames[OUTCOMES], frames[TRAINING])
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +298,7 @@ def read_suites(folder: Path) -> Suites:
             frames[name] = _parsed((gzip.decompress(content) if name.endswith(".gz") else content).decode())
         except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ResultsError(
-                f"{folder / name} cannot be read ({error}); `diablo-theory collect` writes it"
+                f"{folder / name} cannot be read ({brief(error)}); `diablo-theory collect` writes it"
             ) from error
     try:
         suites, configs = _suites(frames), frames[CONFIGS]

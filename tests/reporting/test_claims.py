@@ -83,8 +83,8 @@ def test_one_failed_trial_or_one_control_that_holds_is_enough():
     answer = ask(keys, verdicts=VERDICTS)
     assert answer.evidence == "L2: 2 of 2 trials hold and 1 of 1 controls fail, as they must"
     assert answer.scale == "random problems, no side longer than 30"
-    with pytest.raises(NotMadeError, match=r"no claim of the check\(s\) S9 is saved; `diablo-theory reproduce` makes"):
-        ask({"kind": "verdicts", "checks": ["S9"]}, verdicts=VERDICTS)
+    with pytest.raises(NotMadeError, match=r"no claim of the check\(s\) S3 is saved; `diablo-theory reproduce` makes"):
+        ask({"kind": "verdicts", "checks": ["S3"]}, verdicts=VERDICTS)
     with pytest.raises(NotMadeError, match=r"no control of the check\(s\) L4 is saved"):
         ask({"kind": "verdicts", "checks": ["L4"]}, verdicts=VERDICTS)
 
@@ -233,8 +233,8 @@ def test_times_and_memory_are_held_against_their_limits():
     assert ask(memory, steps=steps(1.0, 1.7)).outcome == Outcome.FAILS
     with pytest.raises(ValidationError, match="needs at_most or at_least"):
         question(kind="step_ratio", of="dora", over="diablo")
-    with pytest.raises(ResultsError, match="has not both bone and diablo"):
-        ask(memory | {"of": "bone"}, steps=steps(1.0))
+    with pytest.raises(NotMadeError, match="the step benchmark was run without shira; `diablo-theory bench --out"):
+        ask(memory | {"of": "shira"}, steps=steps(1.0))
 
 
 def layers(held, frozen=0.5):
@@ -337,10 +337,29 @@ def test_headlines_stay_open_and_name_other_sources(saved):
     assert answer.outcome == Outcome.OPEN
     assert answer.evidence == "DiaBlo 84.9, DoRA 80.8 (elsewhere 81.5)"
     assert answer.decides.endswith("; patience); of DoRA there is no run file")
-    with pytest.raises(ResultsError, match="no published number of bone for commonsense, LLaMA-13B"):
-        question(**HEADLINE | {"against": ["bone"]}).ask(saved)
-    with pytest.raises(ResultsError, match="there is no run file"):
-        question(**HEADLINE | {"runs": {"diablo": "nowhere.yaml"}}).ask(saved)
+    with pytest.raises(
+        ResultsError, match="no published number of c3a for commonsense, LLaMA-13B, average, exact_match"
+    ):
+        question(**HEADLINE | {"against": ["c3a"]}).ask(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "LLaMA-31B"}, r"unknown model of the published suite commonsense 'LLaMA-31B'\. .* 'LLaMA-13B'\?"),
+        (
+            {"runs": {"diablo": "commonsense/llama-13b_dibalo.yaml"}},
+            r"no run file 'commonsense/llama-13b_dibalo.yaml' .* 'commonsense/llama-13b_diablo.yaml'\?",
+        ),
+        (
+            {"runs": {"diablo": "sweeps/small_scale.yaml"}},
+            r"small_scale.yaml is no file of a run, which has no key 'parts'",
+        ),
+    ],
+)
+def test_a_model_or_file_that_is_none_of_a_headline_is_told(saved, changes, message):
+    with pytest.raises(ResultsError, match=message):
+        question(**HEADLINE | changes).ask(saved)
 
 
 def test_elsewhere_is_the_same_setting_in_another_source(saved):
@@ -366,8 +385,8 @@ def test_quotes_are_right_or_not(saved):
     right = saved.counts.assign(quoted_pct=saved.counts["pct"].round(2))
     assert question(**keys).ask(saved).outcome == Outcome.FAILS
     assert ask(keys, counts=right).outcome == Outcome.HOLDS
-    with pytest.raises(ResultsError, match=r"no count of dibalo is quoted; of .*diablo.* there are some"):
-        ask(keys | {"methods": ["dibalo"]}, counts=right)
+    with pytest.raises(ResultsError, match=r"no count of c3a is quoted; of .*diablo.* there are some"):
+        ask(keys | {"methods": ["c3a"]}, counts=right)
 
 
 def test_the_worst_answer_is_the_outcome_and_conditions_are_told():
@@ -395,10 +414,12 @@ ONE = """claims:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ONE.replace("where: w", "wheer: w"), "claims.0.where is missing|unknown key 'claims.0.wheer'"),
-        (ONE.replace("by: paper", "by: me"), r"claims.0.by='me' is not allowed"),
+        (ONE.replace("where: w", "wheer: w"), r"claim a: unknown key 'wheer'\. Did you mean 'where'\?"),
+        (ONE.replace("by: paper", "by: me"), r"claim a: by='me' is not allowed"),
+        (ONE.replace("id: a, ", ""), "claim 1: id is missing"),
         (ONE.replace("kind: premise", "kind: guess"), "guess"),
-        (ONE.replace("kind: premise", "kind: premise, so: 1"), "unknown key 'claims.0.asks.0.premise.so'"),
+        (ONE.replace("kind: premise", "kind: premise, so: 1"), "claim a: unknown key 'asks.0.premise.so'"),
+        (ONE + "  - 5", "claims.1=5 is not allowed"),
         (ONE + ONE.splitlines()[1], "the id 'a' occurs twice"),
         ("claims: []", "claims"),
     ],
@@ -406,6 +427,38 @@ ONE = """claims:
 def test_a_malformed_file_is_told(tmp_path, text, message):
     (tmp_path / "claims.yaml").write_text(text)
     with pytest.raises((ResultsError, ConfigError), match=message):
+        read_claims(tmp_path / "claims.yaml")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("kind: compared, mehtods: [lora], tasks: [boolq], margin: 0.05", r"asks.0.compared.mehtods'\. .*methods'\?"),
+        ("kind: compared, methods: [lorra], tasks: [boolq], margin: 0.05", r"unknown method 'lorra'\. .* 'lora'\?"),
+        ("kind: compared, methods: [none], tasks: [boolq], margin: 0.05", "none is the untouched model"),
+        ("kind: compared, tasks: [bolq], margin: 0.05", r"unknown task 'bolq'\. Did you mean 'boolq'\?"),
+        ("kind: compared, suites: [paterns], tasks: [boolq], margin: 0.05", r"unknown suite .* 'patterns'\?"),
+        ("kind: compared, metric: exact, tasks: [boolq], margin: 0.05", r"unknown metric .* 'exact_match'\?"),
+        ("kind: verdicts, checks: [L22]", r"unknown check 'L22'\. Did you mean 'L2'\?"),
+        ("kind: gradient_norms, over: lroa, after: 5", r"unknown method 'lroa'\. Did you mean 'lora'\?"),
+        ("kind: step_ratio, of: diablo, over: flor, at_most: 1", r"unknown contender .*'flor'\. .* 'floor'\?"),
+        ("kind: step_ratio, of: dora, over: lora, at_least: 2, at_most: 1", "at_most 1 is below at_least 2"),
+        ("kind: memory, of: lora, over: lora, at_most: 1", "of and over are both lora"),
+        ("kind: captures, of: diablo, over: diablo", "of and over are both diablo"),
+        ("kind: quotes, methods: [dibalo]", r"unknown published method 'dibalo'\. Did you mean 'diablo'\?"),
+        ("kind: headline, suite: comonsense, model: m, against: [lora], runs: {diablo: a}", r"'commonsense'\?"),
+        ("kind: headline, suite: code, model: m, against: [lorra], runs: {diablo: a}", r"'lora'\?"),
+        ("kind: headline, suite: code, model: m, against: [diablo], runs: {diablo: a}", "names diablo itself"),
+        (
+            "kind: headline, suite: code, model: m, tables: [gsm8k], against: [lora], runs: {diablo: a}",
+            "table of code",
+        ),
+        ("kind: headline, suite: code, model: m, metric: pas@1, against: [lora], runs: {diablo: a}", r"'pass@1'\?"),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused_by_the_claim_s_id(tmp_path, asked, message):
+    (tmp_path / "claims.yaml").write_text(ONE.replace("kind: premise", asked))
+    with pytest.raises(ResultsError, match=rf"claims.yaml, claim a: .*{message}"):
         read_claims(tmp_path / "claims.yaml")
 
 

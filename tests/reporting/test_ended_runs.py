@@ -13,7 +13,10 @@ NAMES = {"suite": "word_problems", "model": "small", "method": "diablo", "seed":
 CONFIG = NAMES | {"protocol": "clean", "dtype": "float32", "quantise": None, "num_blocks": 64, "learning_rate": 0.01}
 CONFIG |= {"evaluate_on": ["word_problems"], "eval_split": "test", "scale": "small"}
 METRICS = NAMES | {"label": "DiaBlo N=64", "model_sha256": "ab", "trainable_params": 10, "trainable_pct": 1.5}
-METRICS |= {"steps": 60, "train_seconds": 9.5, "data": {"train": "cd", "word_problems": "ef"}, "provenance": {}}
+METRICS |= {"steps": 60, "train_seconds": 9.5, "data": {"train": "cd", "word_problems": "ef"}}
+MADE = {"date": "2030-01-01", "cpu": "c", "device": "cpu", "torch": "2", "transformers": "5", "peft": "0"}
+MADE |= {"commit": "abc", "dirty": False}
+METRICS |= {"provenance": MADE}
 SCORES = {"n": 2, "exact": 0.5, "loss_per_token": 0.6, "means": {"exact": "right"}}
 ITEMS = pd.DataFrame(
     {"item": [0, 1], "cluster": "c", "prompt": ["p", "q"], "answer": "1", "gold": "", "completion": ""}
@@ -56,6 +59,11 @@ def test_a_whole_run_is_read_as_it_is(folder):
         ("config.json", {"seed": None}, "seed=None is not allowed"),
         ("config.json", {"seed": 0}, "config.json says seed=0, metrics.json beside it 1"),
         ("config.json", {"method": "lora"}, "config.json says method='lora', metrics.json beside it 'diablo'"),
+        (
+            "config.json",
+            {"method": "dibalo"},
+            "method='dibalo' is not allowed: unknown method 'dibalo'. Did you mean 'diab",
+        ),
         ("config.json", {"eval_split": "tset"}, "eval_split='tset' is not allowed: Input should be 'test' or 'valid"),
         ("config.json", {"learning_rate": "fast"}, "learning_rate='fast' is not allowed"),
         ("config.json", {"quantise": {"bits": 4}}, "quantise.method is missing"),
@@ -70,6 +78,11 @@ def test_a_whole_run_is_read_as_it_is(folder):
         ("metrics.json", {"train_seconds": -1}, "train_seconds=-1 is not allowed"),
         ("metrics.json", {"data": {"train": "cd"}}, "metrics.json has no data of word_problems"),
         ("metrics.json", {"provenance": None}, "provenance=None is not allowed"),
+        ("metrics.json", {"provenance": {}}, "provenance.cpu is missing"),
+        ("metrics.json", {"provenance": MADE | {"date": 3}}, "provenance.date=3 is not allowed"),
+        ("metrics.json", {"provenance": MADE | {"date": "soon"}}, "provenance.date='soon' is not allowed"),
+        ("metrics.json", {"provenance": MADE | {"device": None}}, "provenance.device=None is not allowed"),
+        ("metrics.json", {"provenance": MADE | {"dirty": "no"}}, "provenance.dirty='no' is not allowed"),
     ],
 )
 def test_what_no_run_writes_is_refused(folder, file, changes, message):

@@ -260,7 +260,7 @@ def test_an_open_question_names_the_command_that_adds_seeds():
 
 
 def test_a_headline_names_diablo_s_run_file_and_no_strangers():
-    keys = {"kind": "headline", "suite": "code", "model": "m", "against": ["lora"]}
+    keys = {"kind": "headline", "suite": "code", "model": "m", "tables": ["humaneval"], "against": ["lora"]}
     with pytest.raises(ValidationError, match="lora is named twice"):
         Headline(**keys, level=["lora"], runs={"diablo": "a.yaml"})
     with pytest.raises(ValidationError, match="runs must name DiaBlo's run file"):

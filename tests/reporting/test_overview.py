@@ -135,13 +135,16 @@ def test_ages_are_counted_from_the_day_of_the_report(saved):
     assert len(frame) == 3 + len(inputs(saved))
 
 
-def test_rows_of_another_schema_are_refused(tmp_path, full_results):
+@pytest.mark.parametrize("name", ["published/code_diablo.csv", "reproduced/suites/rows.csv"])
+def test_rows_of_another_schema_are_refused(tmp_path, full_results, name):
     papers = tmp_path / "paper_results"
-    shutil.copytree(ROOT / "paper_results" / "published", papers / "published")
-    file = papers / "published" / "code_diablo.csv"
-    pd.read_csv(file).assign(schema_version=2).to_csv(file, index=False)
+    for part in ("published", "reproduced/suites"):
+        shutil.copytree(ROOT / "paper_results" / part, papers / part)
+    rows = pd.read_csv(papers / name)
+    rows.loc[1, "schema_version"] = 2  # one among others
+    rows.to_csv(papers / name, index=False)
     results = shutil.copytree(full_results, tmp_path / "results")
-    with pytest.raises(ResultsError, match=r"code_diablo.csv: Row 2: schema_version is .*2.*; allowed: 3"):
+    with pytest.raises(ResultsError, match=rf"{Path(name).name}: Row \d: schema_version is 2; allowed: 3"):
         write_report(results, papers)
     assert not (results / "report.html").exists()
 

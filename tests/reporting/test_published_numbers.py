@@ -45,7 +45,7 @@ def test_the_paper_s_own_headline_is_there(published):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("metric", "exact_macth", r"unknown metric 'exact_macth'.* Did you mean 'exact_match'\?"),
+        ("metric", "exact_macth", r"Row 2: unknown metric 'exact_macth'.* Did you mean 'exact_match'\?"),
         ("value", 166.5, r"Row 2: value is .*166.5.*; allowed: a percentage from 0 to 100"),
         ("trainable_pct", 101, "Row 2: trainable_pct is .*101.*; allowed: a percentage"),
         ("certainty", "sure", "Row 2: certainty is 'sure'; allowed: one of"),
@@ -54,9 +54,15 @@ def test_the_paper_s_own_headline_is_there(published):
         ("trainable_params", -1, "Row 2: trainable_params is .*-1.*; allowed: nought or more"),
         ("ci_low", 99.0, "Row 2: ci_low is .*99.*; allowed: at most the value"),
         ("value", float("inf"), "Row 2: value is .*inf.*; allowed: a number"),
-        ("method", "dibalo", r"unknown method 'dibalo'.* Did you mean 'diablo'\?"),
+        ("suite", "arithmetik", r"Row 2: unknown suite 'arithmetik'\. Did you mean 'arithmetic'\?"),
+        ("table", "gsm9k", r"Row 2: unknown table of arithmetic 'gsm9k'\. Did you mean 'gsm8k'\?"),
+        ("table", "boolq", "Row 2: unknown table of arithmetic 'boolq'"),
+        ("model", "", "Row 2: model is ''; allowed: a name"),
+        ("n", -3, "Row 2: n is -3.*; allowed: 1 or more"),
+        ("n", "many", "Row 2: n is 'many'; allowed: a number"),
+        ("method", "dibalo", r"Row 2: unknown method 'dibalo'.* Did you mean 'diablo'\?"),
         ("suite", "", "Row 2: suite is ''; allowed: a name"),
-        ("scale", "small", "a published row's scale is not 'full'"),
+        ("scale", "small", "Row 2: scale is 'small'; allowed: full"),
         ("schema_version", 2, "Row 2: schema_version is .*2.*; allowed: 3"),
         ("guess", 1, "Unknown column 'guess'"),
     ],
@@ -80,6 +86,10 @@ def test_truncated_and_missing_files(copied, tmp_path):
     (copied / FILE).write_bytes((copied / FILE).read_bytes()[:400])
     with pytest.raises(ResultsError, match=rf"{FILE}"):
         read_published(copied)
+    (copied / FILE).write_text("a\n1\n1,2\n")
+    with pytest.raises(ResultsError, match=r"cannot be read \(Error tokenizing data.* saw 2\)\. It was") as refused:
+        read_published(copied)
+    assert "\n" not in str(refused.value)
     with pytest.raises(ResultsError, match="holds no published numbers"):
         read_published(tmp_path / "nowhere")
 

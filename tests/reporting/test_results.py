@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.results import COLUMNS, collect, tidy_rows, validate_rows
 
 
@@ -46,7 +47,7 @@ def test_another_schema_version_is_refused(make, tmp_path):
 def test_truncated_json(one_run, name):
     path = one_run / name
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ResultsError, match=rf"{name} is truncated or damaged.*Delete it"):
+    with pytest.raises(ResultsError, match=rf"{name} is truncated or damaged.*Delete .*{name} and run"):
         collect(one_run.parents[1])
 
 
@@ -85,7 +86,7 @@ def test_truncated_items(one_run, damage, message):
 def test_truncated_verdicts(results):
     path = results / "theory" / "verdicts.csv"
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(ResultsError, match=r"verdicts.csv is truncated or damaged: no passed in line 21"):
+    with pytest.raises(ResultsError, match=r"verdicts.csv, line 21: tolerance is '1e'; allowed: a number.* Delete"):
         collect(results)
 
 
@@ -93,7 +94,10 @@ def test_truncated_verdicts(results):
     ("column", "value", "message"),
     [
         ("claim_margin", "x", r"verdicts.csv, line 4: claim_margin is 'x'; allowed: a number"),
-        ("role", "clam", "verdicts.csv: role is 'clam'; allowed: claim, control"),
+        ("role", "clam", "verdicts.csv, line 4: role is 'clam'; allowed: claim, control"),
+        ("check", "L22", "verdicts.csv, line 4: check is 'L22'; allowed: G1, "),
+        ("passed", "yes", "verdicts.csv, line 4: passed is 'yes'; allowed: True or False"),
+        ("instance", None, "verdicts.csv, line 4: instance is nan; allowed: text"),
     ],
 )
 def test_a_cell_of_verdicts_that_no_check_gives_is_told(results, column, value, message):
@@ -103,6 +107,90 @@ def test_a_cell_of_verdicts_that_no_check_gives_is_told(results, column, value, 
     frame.to_csv(path, index=False)
     with pytest.raises(ResultsError, match=message):
         collect(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "message"),
+    [
+        ("theory/map.csv", "in_theorem", "no", "line 4: in_theorem is 'no'; allowed: True or False"),
+        ("bench/step_times.csv", "seconds", 0, "line 4: seconds is 0.*; allowed: a number above 0"),
+        ("bench/memory.csv", "method", "DiaBlo N=64", "lines 3 and 4, are both of method DiaBlo N=64"),
+        ("learning_rates.csv", "chosen", "perhaps", "line 4: chosen is 'perhaps'; allowed: True or False"),
+        ("learning_rates.csv", "n", "many", "line 4: n is 'many'; allowed: a number"),
+        ("learning_rates.csv", "learning_rate", 1e-3, r"lines 2 and 4, are both of .* learning_rate 0\.001"),
+    ],
+)
+def test_a_cell_that_no_command_writes_is_told(results, name, column, value, message):
+    frame = pd.read_csv(results / name).astype({column: object})
+    frame.loc[2, column] = value
+    frame.to_csv(results / name, index=False)
+    with pytest.raises(ResultsError, match=f"{name}, {message}"):
+        collect(results)
+
+
+MANIFEST = [
+    *(("scale", value) for value in (None, "tiny", 3)),
+    *(("profile", value) for value in (None, [], 3, "qick")),
+    *(("settings", value) for value in (None, "x", {"overrides": None}, {"overrides": "steps=3"})),
+    *(("model", value) for value in (None, "small", {"name": None}, {"sha256": 3})),
+    *(("stages", value) for value in (None, [], "x", {"theory": "long"}, {"theory": -1.0})),
+    *(("seconds", value) for value in ("x", [], True, -1)),
+    *(("memory_gib", value) for value in ("x", {})),
+    *(("peak_rss_gib", value) for value in ("x", {})),
+    *(("threads", value) for value in ("two", 2.5, [])),
+    *(("commits", value) for value in (None, 3, "abc", [3])),
+    *(("dirty", value) for value in ("no", 1)),
+    *((name, 3) for name in ("commit", "torch", "cpu", "device", "started", "finished", "package_version")),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), MANIFEST)
+def test_a_manifest_that_no_command_writes_is_told_by_its_key(make, tmp_path, key, value):
+    make.manifest(tmp_path, **{key: value})
+    with pytest.raises(ResultsError, match=rf"manifest.json was edited, or is of another version: {key}.* is not all"):
+        collect(tmp_path)
+
+
+RUN = [
+    *(("scores", value) for value in ([], "x", {"word_problems": None}, {"word_problems": {"n": "many"}})),
+    ("scores", {"word_problems": {"n": 60, "means": None}}),
+    ("scores", {"word_problems": {"n": 60, "means": {"exact": 3}}}),
+    *(("label", value) for value in (3, ["LoRA"])),
+    ("method", "lorra"),
+    *(("seed", value) for value in ("0", 0.5, -1, [0])),
+    *(("trainable_params", value) for value in ("many", 1.5, -1)),
+    *(("trainable_pct", value) for value in ("x", 101)),
+    *(("steps", value) for value in ("x", [], 1.5)),
+    *(("train_seconds", value) for value in ("x", -1)),
+    *(("final_train_loss", value) for value in ("x", {})),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), RUN)
+def test_metrics_that_no_run_writes_are_told_by_their_key(one_run, key, value):
+    path = one_run / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ResultsError, match=rf"metrics.json was edited, or is of another version: {key}.* is not all"):
+        collect(one_run.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", 3), ("scale", "tiny"), ("num_blocks", "x"), ("learning_rate", -1)]
+)
+def test_a_configuration_that_no_run_has_is_told_by_its_key(one_run, key, value):
+    path = one_run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(
+        ResultsError, match=rf"config.json was edited, or is of another version: {key}=.* is not allow"
+    ):
+        collect(one_run.parents[1])
+
+
+def test_verdicts_of_another_schema_version_are_refused(results):
+    path = results / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    with pytest.raises(ResultsError, match="schema version 1; this version"):
+        _ = Evidence(results, results).verdicts
 
 
 def test_unfinished_runs_are_listed_and_ignored(make, one_run):
@@ -153,12 +241,20 @@ def test_rows_fit_the_schema(rows):
         ({"certainty": "printed"}, r"Row 0: certainty is 'printed'; allowed: computed, for a reproduced number"),
         ({"source": "published"}, r"Row 0: certainty is 'computed'; allowed: printed, quoted, measured for a pub"),
         ({"source": "published", "certainty": "printed"}, r"Row 0: origin is ''; allowed: where a published number"),
+        ({"n": 0}, r"Row 0: n is 0; allowed: 1 or more"),
+        ({"stderr": -1.0}, r"Row 0: stderr is -1\.0; allowed: nought or more"),
         ({"methd": "x"}, r"Unknown column 'methd' .* Did you mean 'method'\?"),
     ],
 )
 def test_bad_rows_are_named(rows, change, message):
     with pytest.raises(ResultsError, match=message):
         validate_rows(rows.assign(**change))
+
+
+def test_rows_of_two_schema_versions_are_not_mixed(rows):
+    mixed = pd.concat([rows, rows.assign(schema_version=2)], ignore_index=True)
+    with pytest.raises(ResultsError, match=rf"Row {len(rows)}: schema_version is 2; allowed: 3"):
+        validate_rows(mixed)
 
 
 def test_missing_and_repeated(rows):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.captures import read_captures
 from diablo_theory.reporting.convergence import read_descent
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.parameters import read_counts
@@ -16,12 +17,13 @@ from diablo_theory.reporting.steps import read_steps, side_measures
 
 SAVED = Path(__file__).parents[2] / "paper_results"
 KINDS = {"n": "number", "m": "optional", "f": "flag", "t": "text", "b": "blank", "a": "any"}
-GOOD = "n,m,f,t,b,a,other\n1,,True,x,,,\n2.5,3,False,y,,z,1\n"
+KINDS |= {"w": ("one", "two"), "c": "count", "r": "real", "e": "maybe", "p": "amount"}
+GOOD = "n,m,f,t,b,a,other,w,c,r,e,p\n1,,True,x,,,,one,1,inf,,\n2.5,3,False,y,,z,1,two,8,-1,True,7\n"
 
 
 def read(tmp_path, text):
     (tmp_path / "table.csv").write_text(text)
-    return read_table(tmp_path / "table.csv", KINDS, "make it")
+    return read_table(tmp_path / "table.csv", KINDS, "make it", [("n", "t")])
 
 
 def test_columns_have_their_types(tmp_path):
@@ -43,6 +45,18 @@ def test_columns_have_their_types(tmp_path):
         ("False", "perhaps", "line 3: f is 'perhaps'; allowed: True or False"),
         ("False", "", "line 3: f is nan; allowed: True or False"),
         (",y,", ",,", "line 3: t is nan; allowed: text"),
+        (",two,", ",tow,", "line 3: w is 'tow'; allowed: one, two"),
+        (",8,", ",8.5,", "line 3: c is .*8.5.*; allowed: a whole number above 0"),
+        (",8,", ",0,", "line 3: c is 0; allowed: a whole number above 0"),
+        (",-1,", ",,", "line 3: r is nan; allowed: a number, or an infinite one"),
+        ("True,7", "yes,7", "line 3: e is 'yes'; allowed: True, False or nothing"),
+        ("True,7", "True,0", "line 3: p is 0.*; allowed: a number above 0, or nothing"),
+        ("2.5,3,False,y", "1,3,False,x", r"table.csv, lines 2 and 3, are both of n 1.*, t x\. `make it` writes it"),
+        (
+            "2.5,3,False,y",
+            "2.5,3,False,y,1",
+            r"cannot be read \(Error tokenizing data.*saw 13\)\. `make it` writes it",
+        ),
         ("n,m,f", "k,m,f", r"lacks the column\(s\) n; `make it` writes it"),
         (GOOD[GOOD.index("1") :], "", "has no rows"),
         (GOOD, "", "cannot be read"),
@@ -50,8 +64,9 @@ def test_columns_have_their_types(tmp_path):
     ],
 )
 def test_damage_is_told(tmp_path, old, new, message):
-    with pytest.raises(ResultsError, match=message):
+    with pytest.raises(ResultsError, match=message) as refused:
         read(tmp_path, GOOD.replace(old, new))
+    assert "\n" not in str(refused.value)
 
 
 READERS = {
@@ -64,22 +79,64 @@ READERS = {
     "descent/descent.csv": lambda root: read_descent(root / "descent"),
     "counts.csv": lambda root: read_counts(root / "counts.csv"),
     "diagnosis/layers.csv": lambda root: Evidence(root, root).layers,
+    "diagnosis/captures.csv": lambda root: read_captures(
+        root / "diagnosis" / "captures.csv", Evidence(root, root).layers
+    ),
 }
+#: Of which a further row cannot be told from one that is there.
+ONCE = [name for name in READERS if not name.startswith(("speed/", "steps/kernels", "steps/growth", "steps/loading"))]
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_every_column_that_is_read_is_checked(tmp_path, name):
-    """Without a column, or with a word for every number in it, a reader refuses or reads what it needs not."""
+@pytest.fixture
+def saved(tmp_path):
     for folder in ("steps", "speed", "descent", "diagnosis"):
         shutil.copytree(SAVED / folder, tmp_path / folder)
     shutil.copy(SAVED / "counts.csv", tmp_path)
-    whole = pd.read_csv(tmp_path / name)
-    READERS[name](tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_row_that_is_there_twice_is_refused(saved, name):
+    lines = (saved / name).read_text().splitlines(keepends=True)
+    (saved / name).write_text("".join([*lines, lines[-1]]))
+    with pytest.raises(ResultsError, match=rf"{name}, lines {len(lines)} and {len(lines) + 1}, are both of "):
+        READERS[name](saved)
+
+
+def test_captures_are_of_the_layers_beside_them(saved):
+    file = saved / "diagnosis" / "layers.csv"
+    pd.read_csv(file)[1:].to_csv(file, index=False)
+    with pytest.raises(ResultsError, match=r"captures.csv and layers.csv beside it are not both of model.layers.0"):
+        READERS["diagnosis/captures.csv"](saved)
+
+
+def test_layers_of_several_numbers_of_blocks_are_refused(saved):
+    file = saved / "diagnosis" / "layers.csv"
+    table = pd.read_csv(file)
+    table.loc[3, "num_blocks"] = 32
+    table.to_csv(file, index=False)
+    with pytest.raises(ResultsError, match=r"layers.csv is of several N \(32, 64\)"):
+        READERS["diagnosis/layers.csv"](saved)
+
+
+def test_a_count_of_nothing_is_refused(saved):
+    table = pd.read_csv(saved / "counts.csv")
+    table.loc[2, ["quoted_pct", "quoted_params"]] = None
+    table.to_csv(saved / "counts.csv", index=False)
+    with pytest.raises(ResultsError, match=r"counts.csv, line 4: quoted_pct and quoted_params are empty"):
+        READERS["counts.csv"](saved)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_column_that_is_read_is_checked(saved, name):
+    """Without a column, or with a word for every number in it, a reader refuses or reads what it needs not."""
+    whole = pd.read_csv(saved / name)
+    READERS[name](saved)
     refused = 0
     for column in whole:
         for damaged in (whole.drop(columns=column), whole.assign(**{column: "wrong"})):
-            damaged.to_csv(tmp_path / name, index=False)
-            refused += told(lambda: READERS[name](tmp_path), Path(name).name)
+            damaged.to_csv(saved / name, index=False)
+            refused += told(lambda: READERS[name](saved), Path(name).name)
     assert refused > 3
 
 

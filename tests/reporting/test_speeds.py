@@ -49,5 +49,5 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ResultsError, match=r"layer\.csv lacks the column\(s\) aim; `diablo-theory speed layer`"):
         read_speeds(tmp_path)
     (tmp_path / "layer.csv").write_text("")
-    with pytest.raises(ResultsError, match=r"layer\.csv cannot be read .*; `diablo-theory speed layer` writes it"):
+    with pytest.raises(ResultsError, match=r"layer\.csv cannot be read .*`diablo-theory speed layer` writes it"):
         read_speeds(tmp_path)

@@ -5,6 +5,9 @@ import pandas as pd
 import pytest
 
 from diablo_theory.errors import ResultsError
+from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.figures import ENTRIES
+from diablo_theory.reporting.plans import NothingToDrawError
 from diablo_theory.reporting.steps import aims, draw_steps, read_steps, readable_steps, side_measures, summarise
 
 WORK = "smollm2, 8 layers"
@@ -129,3 +132,66 @@ def test_damaged_files_are_named(saved, damage):
         file.write_bytes(b"a,b\n1,2\n" if damage == "columns" else b"\xff\xfe\x00")
     with pytest.raises(ResultsError, match=r"times\.csv"):
         read_steps(saved)
+
+
+def without(column, value):
+    return lambda table: table[table[column] != value]
+
+
+def renamed(column, value, place=5):
+    def change(table):
+        table = table.astype({column: object})
+        table.loc[table.index[place % len(table)], column] = value
+        return table
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("contenders", without("name", "floor"), "only one of .* has 'floor' at N = 64 on smollm2"),
+        ("contenders", without("name", "lora"), "only one of .* has 'LoRA r=5' at N = 64"),
+        ("contenders", renamed("method", "LoRA r=6", 2), "only one of .* has 'LoRA r=5' at N = 64"),
+        ("contenders", renamed("num_blocks", 16, 2), "only one of .* has 'LoRA r=5' at N = 16"),
+        ("contenders", renamed("name", "lroa", 2), "contenders.csv, line 4: name is 'lroa'; allowed: floor, inputs"),
+        ("contenders", renamed("name", "diablo", 2), "lines 3 and 4, are both of workload .*, name diablo"),
+        ("contenders", renamed("method", "LoRA r=5", 1), "lines 3 and 4, are both of workload .*, method LoRA r=5"),
+        ("times", renamed("phase", "stepp"), "times.csv, line 7: phase is 'stepp'; allowed: forward, backward"),
+        ("times", renamed("method", "LoRA r=6"), "only one of .* has 'LoRA r=6' at N = 64"),
+        ("times", renamed("num_blocks", 16), "only one of .* has 'DiaBlo N=64' at N = 16"),
+        ("times", renamed("num_blocks", 63.5), "num_blocks is 63.5; allowed: a whole number above 0"),
+        ("times", renamed("seconds", -1), "seconds is -1.*; allowed: a number above 0"),
+        ("times", lambda table: table[:-3], "13 times in round 7 at N = 64 on .*, not 4 of each of 4 methods"),
+        ("times", without("phase", "step"), "12 times in round 0"),
+    ],
+)
+def test_a_benchmark_that_is_not_whole_is_refused(saved, name, change, message):
+    file = saved / f"{name}.csv"
+    change(pd.read_csv(file)).to_csv(file, index=False)
+    with pytest.raises(ResultsError, match=message):
+        read_steps(saved)
+
+
+def test_a_benchmark_without_the_floor_is_refused(saved):
+    for name, column in (("contenders", "name"), ("times", "method")):
+        file = saved / f"{name}.csv"
+        without(column, "floor")(pd.read_csv(file)).to_csv(file, index=False)
+    with pytest.raises(ResultsError, match=r"contenders\.csv has no floor at N = 64 on smollm2"):
+        read_steps(saved)
+
+
+def test_a_benchmark_of_other_methods_alone_asks_nothing_of_diablo(saved):
+    times, contenders = read_steps(saved)
+    rest = times[times["method"] != "DiaBlo N=64"], contenders[contenders["name"] != "diablo"]
+    assert aims(*rest).empty
+    assert len(readable_steps(summarise(*rest))) == 3
+
+
+def test_without_lora_times_are_not_drawn_beside_published_ones(saved):
+    times, contenders = read_steps(saved)
+    evidence = Evidence(saved, saved)
+    rest = times[times["method"] != "LoRA r=5"], contenders[contenders["name"] != "lora"]
+    evidence.__dict__.update(steps=rest, published=None)
+    with pytest.raises(NothingToDrawError, match="run without LoRA at its largest N; `diablo-theory bench --out"):
+        ENTRIES["time_memory"].draw(evidence)

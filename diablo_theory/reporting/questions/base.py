@@ -5,11 +5,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
+from diablo_theory.reporting import names
 from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME
+from diablo_theory.reporting.names import one_of
 from diablo_theory.reporting.published import METHOD_NAMES
+
+Method = Annotated[str, one_of("method", names.METHODS)]
+Task = Annotated[str, one_of("task", names.TASKS)]
+Metric = Annotated[str, one_of("metric", (*METRICS, *METRICS_OF_SOME))]
+RunSuite = Annotated[str, AfterValidator(lambda name: names.known("suite", name, names.suites()))]
+Check = Annotated[str, one_of("check", names.CHECKS)]
+Contender = Annotated[str, one_of("contender of the step benchmark", names.CONTENDERS)]
+PublishedMethod = Annotated[str, one_of("published method", METHOD_NAMES)]
+PublishedSuite = Annotated[str, one_of("published suite", names.PUBLISHED)]
 
 
 class Outcome(IntEnum):
@@ -72,6 +85,19 @@ class Question(BaseModel):
             NotMadeError: If what it asks for was never made.
             ResultsError: If that is damaged, or nothing in it is what the question is about.
         """
+
+
+class Pair(Question):
+    """A question about one thing beside another of its kind."""
+
+    of: str
+    over: str
+
+    @model_validator(mode="after")
+    def _are_two(self) -> Pair:
+        if self.of == self.over:
+            raise ValueError(f"of and over are both {self.of}")
+        return self
 
 
 def method_name(method: str) -> str:

@@ -8,21 +8,21 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from diablo_theory.errors import ResultsError
-from diablo_theory.reporting.evidence import Evidence
+from diablo_theory.reporting.evidence import Evidence, NotMadeError
 from diablo_theory.reporting.intervals import Estimate, time_ratio
-from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
+from diablo_theory.reporting.questions.base import Answer, Contender, Outcome, Pair, method_name
 from diablo_theory.reporting.tables import interval
 
+_BENCH = "`diablo-theory bench --out paper_results/steps`"
 _MORE = "`diablo-theory bench` with more rounds, on a machine that does nothing else"
 
 
-class StepRatio(Question):
+class StepRatio(Pair):
     """Whether a whole training step of one method takes at most, or at least, so many times another's."""
 
     kind: Literal["step_ratio"]
-    of: str
-    over: str
+    of: Contender
+    over: Contender
     at_most: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     at_least: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -30,8 +30,8 @@ class StepRatio(Question):
     def _require_a_limit(self) -> StepRatio:
         if self.at_most is None and self.at_least is None:
             raise ValueError("a step_ratio needs at_most or at_least")
-        if self.of == self.over:
-            raise ValueError(f"of and over are both {self.of}")
+        if self.at_most is not None and self.at_least is not None and self.at_most < self.at_least:
+            raise ValueError(f"at_most {self.at_most:g} is below at_least {self.at_least:g}")
         return self
 
     def ask(self, evidence: Evidence) -> Answer:
@@ -60,12 +60,12 @@ class StepRatio(Question):
         return {True: Outcome.HOLDS, False: Outcome.FAILS, None: Outcome.OPEN}[ratio.within(low, high)]
 
 
-class Memory(Question):
+class Memory(Pair):
     """Whether a training step of one method needs at most so many times another's memory."""
 
     kind: Literal["memory"]
-    of: str
-    over: str
+    of: Contender
+    over: Contender
     at_most: float = Field(gt=0, allow_inf_nan=False)
 
     def ask(self, evidence: Evidence) -> Answer:
@@ -85,8 +85,8 @@ class Memory(Question):
 
 def _both(part: pd.DataFrame, of: str, over: str) -> pd.DataFrame:
     by = part.set_index("name")
-    if not {of, over} <= set(by.index):
-        raise ResultsError(f"the step benchmark has not both {of} and {over}")
+    if missing := [name for name in (of, over) if name not in by.index]:
+        raise NotMadeError(f"the step benchmark was run without {' and '.join(missing)}", _BENCH)
     return by
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from diablo_theory.reporting.evidence import Evidence
-from diablo_theory.reporting.questions.base import Answer, Outcome, Question
+from diablo_theory.reporting.questions.base import Answer, Outcome, Pair, Question
 
 LAYERS = "diagnosis/layers.csv"
 Captured = Literal["diablo", "lora_set", "lora_tangent", "lora_frozen"]
@@ -35,7 +35,7 @@ class Premise(Question):
         return Answer(outcome, text, _where(evidence), LAYERS, rows=("layers",))
 
 
-class Captures(Question):
+class Captures(Pair):
     """Whether one set of updates captures at least as much as another in more than half of a real model's layers."""
 
     kind: Literal["captures"]

@@ -11,9 +11,18 @@ from pydantic import Field, model_validator
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.evidence import Evidence, NotMadeError
 from diablo_theory.reporting.intervals import Estimate, independent_difference
+from diablo_theory.reporting.names import PUBLISHED, known
 from diablo_theory.reporting.parameters import READINGS, reading
 from diablo_theory.reporting.published import AVERAGE, PUBLISHED_FIGURES
-from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
+from diablo_theory.reporting.questions.base import (
+    Answer,
+    Metric,
+    Outcome,
+    PublishedMethod,
+    PublishedSuite,
+    Question,
+    method_name,
+)
 from diablo_theory.reporting.questions.runs import SUITES, compared, tables_of
 from diablo_theory.reporting.tables import task_name
 
@@ -44,18 +53,22 @@ class Headline(Question):
     """
 
     kind: Literal["headline"]
-    suite: str
+    suite: PublishedSuite
     model: str
     tables: tuple[str, ...] = Field(default=(AVERAGE,), min_length=1)
-    metric: str = "exact_match"
-    against: tuple[str, ...] = Field(min_length=1)
-    level: tuple[str, ...] = ()
+    metric: Metric = "exact_match"
+    against: tuple[PublishedMethod, ...] = Field(min_length=1)
+    level: tuple[PublishedMethod, ...] = ()
     containing: str = ""
     runs: dict[str, str]
     also: str = ""
 
     @model_validator(mode="after")
     def _files_of_these_methods(self) -> Headline:
+        if "diablo" in self.methods:
+            raise ValueError("against or level names diablo itself")
+        for table in self.tables:
+            known(f"table of {self.suite}", table, PUBLISHED[self.suite])
         if twice := [method for method in self.methods if self.methods.count(method) > 1]:
             raise ValueError(f"{twice[0]} is named twice in against and level")
         if "diablo" not in self.runs:
@@ -154,7 +167,9 @@ class Headline(Question):
 
     def _printed(self, evidence: Evidence) -> str:
         rows, apart = evidence.published, evidence.conflicts
-        rows = rows[(rows["suite"] == self.suite) & (rows["model"] == self.model) & (rows["metric"] == self.metric)]
+        rows = rows[rows["suite"] == self.suite]
+        known(f"model of the published suite {self.suite}", self.model, set(rows["model"]))
+        rows = rows[(rows["model"] == self.model) & (rows["metric"] == self.metric)]
         rows = rows[rows["setting"].str.contains(self.containing, regex=False)]
         return "; ".join(self._margins(rows[rows["table"] == table], apart, table) for table in self.tables)
 
@@ -174,7 +189,8 @@ class Headline(Question):
         """A method's best row in DiaBlo's paper, or where it has none in any other."""
         found = rows[rows["method"] == method]
         if found.empty:
-            raise ResultsError(f"no published number of {method} for {self.suite}, {self.model}, {table}")
+            about = [self.suite, self.model, table, self.metric, *([self.containing] if self.containing else [])]
+            raise ResultsError(f"no published number of {method} for {', '.join(about)}")
         quoted = found[found["origin"].str.contains("2506.03230")]
         rows = quoted if len(quoted) else found
         return rows.sort_values("value", kind="stable").iloc[-1]
@@ -209,7 +225,7 @@ class Quotes(Question):
     """Whether quoted shares of trainable parameters are those of the true shapes."""
 
     kind: Literal["quotes"]
-    methods: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[PublishedMethod, ...] = Field(min_length=1)
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""

@@ -11,7 +11,16 @@ from pydantic import Field, field_validator
 
 from diablo_theory.reporting.evidence import Evidence
 from diablo_theory.reporting.intervals import mean_ratio
-from diablo_theory.reporting.questions.base import Answer, Outcome, Question, method_name
+from diablo_theory.reporting.questions.base import (
+    Answer,
+    Method,
+    Metric,
+    Outcome,
+    Question,
+    RunSuite,
+    Task,
+    method_name,
+)
 from diablo_theory.reporting.tables import interval, task_name
 
 SUITES = "reproduced/suites"
@@ -45,13 +54,20 @@ class Compared(Question):
     """
 
     kind: Literal["compared"]
-    methods: tuple[str, ...] = ()
-    suites: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[Method, ...] = ()
+    suites: tuple[RunSuite, ...] = ()
+    tasks: tuple[Task, ...] = Field(min_length=1)
     seeds: int = Field(default=3, ge=1)
-    metric: str = "loss_per_token"
+    metric: Metric = "loss_per_token"
     margin: float = Field(gt=0, lt=1)
     scale: Scale = "small"
+
+    @field_validator("methods")
+    @classmethod
+    def _trained(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "none" in value:
+            raise ValueError("none is the untouched model, which is compared with nothing")
+        return value
 
     def ask(self, evidence: Evidence) -> Answer:
         """See :class:`Question`."""
@@ -158,7 +174,7 @@ class GradientNorms(Question):
     """
 
     kind: Literal["gradient_norms"]
-    over: str
+    over: Method
     after: int = Field(ge=0)
     pairs: int = Field(default=6, ge=2)
     scale: Scale = "small"

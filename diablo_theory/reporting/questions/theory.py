@@ -9,7 +9,7 @@ from pydantic import Field
 
 from diablo_theory.errors import ResultsError
 from diablo_theory.reporting.evidence import Evidence, NotMadeError
-from diablo_theory.reporting.questions.base import Answer, Outcome, Question
+from diablo_theory.reporting.questions.base import Answer, Check, Outcome, Question
 
 #: Figures beside that of all verdicts which show what some checks are about.
 _CHECKS_DRAWN = {"theory_map": {"L5", "L7"}, "convergence": {"D1", "D2"}}
@@ -24,7 +24,7 @@ class Verdicts(Question):
     """
 
     kind: Literal["verdicts"]
-    checks: tuple[str, ...] = Field(min_length=1)
+    checks: tuple[Check, ...] = Field(min_length=1)
     statements: tuple[str, ...] = ()
 
     def ask(self, evidence: Evidence) -> Answer:
