@@ -20,7 +20,7 @@ from diablo_theory.reporting.parameters import read_counts
 from diablo_theory.reporting.published import conflicts, read_published
 from diablo_theory.reporting.results import read_verdicts
 from diablo_theory.reporting.saved_tables import Kind
-from diablo_theory.reporting.steps import read_steps
+from diablo_theory.reporting.steps import read_steps, summarise
 from diablo_theory.reporting.suite_tables import build_sections, of_tests
 from diablo_theory.reporting.suites import Suites, read_suites
 
@@ -142,6 +142,11 @@ class Evidence:
         """Times and contenders of the step benchmark."""
         _require(self.papers / "steps", f"diablo-theory bench --out {self.papers.name}/steps")
         return read_steps(self.papers / "steps")
+
+    @cached_property
+    def step_summary(self) -> pd.DataFrame:
+        """A row a contender of the step benchmark, see :func:`~.steps.summarise`."""
+        return summarise(*self.steps)
 
     def needs(self, run: str) -> str:
         """Hardware and time of a run, as the head of its file says; `diablo-theory plan` has computed both.

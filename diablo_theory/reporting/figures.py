@@ -25,7 +25,7 @@ from diablo_theory.reporting.method_diagram import method_diagram
 from diablo_theory.reporting.plans import NothingToDrawError, Plan, save_plans
 from diablo_theory.reporting.published_parameters import parameters
 from diablo_theory.reporting.results import ResultsData, collect
-from diablo_theory.reporting.steps import draw_steps, summarise
+from diablo_theory.reporting.steps import draw_steps
 from diablo_theory.reporting.suite_plots import TITLES, methods, settings
 from diablo_theory.reporting.suites import ROWS
 from diablo_theory.reporting.tables import build
@@ -102,7 +102,7 @@ ENTRIES = {
         "Time and memory: what papers print, and what was measured here.",
     ),
     "steps": Entry(
-        lambda saved: draw_steps(summarise(*saved.steps)),
+        lambda saved: draw_steps(saved.step_summary),
         (_STEPS,),
         _BENCH,
         "Whole training steps as ratios to the frozen floor, with 95% intervals, and memory.",
@@ -220,7 +220,7 @@ def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:
 
 def _beside_lora(saved: Evidence) -> pd.DataFrame:
     """The step benchmark, in ratios to LoRA's step."""
-    summary = summarise(*saved.steps)
+    summary = saved.step_summary
     largest = summary[summary["num_blocks"] == summary["num_blocks"].max()]
     if "lora" not in set(largest["name"]):
         raise NothingToDrawError(f"the step benchmark was run without LoRA at its largest N; {_BENCH} it")

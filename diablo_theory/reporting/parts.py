@@ -10,7 +10,7 @@ import pandas as pd
 
 from diablo_theory.reporting.captures import LAYER_NOTE, readable_layers
 from diablo_theory.reporting.evidence import Evidence, NotMadeError
-from diablo_theory.reporting.steps import readable_steps, summarise
+from diablo_theory.reporting.steps import readable_steps
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,14 @@ def made(evidence: Evidence, name: str) -> Any:
 
 def measured_parts(evidence: Evidence) -> Iterable[Part]:
     """Steps and a real model's layers, each where it was measured."""
-    steps, layers = made(evidence, "steps"), made(evidence, "layers")
+    steps, layers = made(evidence, "step_summary"), made(evidence, "layers")
     if steps is not None:
-        times, contenders = steps
-        first = contenders.iloc[0]
+        first = steps.iloc[0]
         text = (
             f"{first['workload']}, on {first['cpu']}, {first['threads']} threads. The floor is the same step with "
             "everything frozen: forward pass and input gradient alone. Times are ratios within paired rounds."
         )
-        shown = Shown("", readable_steps(summarise(times, contenders)), figures=("steps",))
+        shown = Shown("", readable_steps(steps), figures=("steps",))
         yield Part("steps", "Time and memory of a step", text, [shown])
     if layers is not None:
         shown = Shown("", readable_layers(layers), figures=("captures", "certificates"))
