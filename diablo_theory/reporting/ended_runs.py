@@ -149,24 +149,25 @@ def _require_agreement(folder: Path, config: dict[str, Any], metrics: dict[str, 
                 raise ResultsError(f"{folder / METRICS} has no {part} of {task}, which {CONFIG} lists. {_ADVICE}")
 
 
-def read_outcomes(file: Path, scores: dict[str, Any]) -> pd.DataFrame:
+def read_outcomes(file: Path, scores: dict[str, Any], advice: str | None = None) -> pd.DataFrame:
     """Every problem's outcome on one task, as :func:`~diablo_theory.records.read_predictions` returns them.
 
     Args:
         file: The predictions.
         scores: What metrics.json says of the task: n, the mean of each metric, loss_per_token.
+        advice: What to do if the file is damaged; left out, :func:`rescored`.
 
     Raises:
         ResultsError: If the file is missing or damaged, or does not give these scores.
     """
-    advice = rescored(file.parents[1])
+    advice = advice or rescored(file.parents[1])
     items = read_predictions(file, advice)
     metrics = sorted(scores.keys() - {"n", "means", "loss_per_token"})
     if missing := [name for name in metrics if name not in items]:
         raise ResultsError(f"{file} lacks the column(s) {', '.join(missing)}. {advice}")
     if len(items) != scores["n"]:
         raise ResultsError(f"{file} holds {len(items)} problems where {METRICS} says {scores['n']}. {advice}")
-    _require_scores(file, items, scores, metrics)
+    _require_scores(file, items, scores, metrics, advice)
     return items[[name for name in items if name in ("item", *TEXT, "loss_sum", "tokens", *metrics)]]
 
 
@@ -194,12 +195,10 @@ def read_training(folder: Path, steps: int | None) -> pd.DataFrame:
     return log[[name for name in map(str, log) if name in LOGGED[:-1] or name.startswith("grad_norm/")]]
 
 
-def _require_scores(file: Path, items: pd.DataFrame, scores: dict[str, Any], metrics: list[str]) -> None:
+def _require_scores(file: Path, items: pd.DataFrame, scores: dict[str, Any], metrics: list[str], advice: str) -> None:
     """Refuse outcomes that are not those that were scored when the run finished."""
     found = {name: float(items[name].mean()) for name in metrics}
     found["loss_per_token"] = float(items["loss_sum"].sum() / items["tokens"].sum())
     for name, value in found.items():
         if not math.isclose(value, scores[name], rel_tol=1e-9, abs_tol=1e-12):
-            raise ResultsError(
-                f"{file} gives {name}={value:.6g} where {METRICS} says {scores[name]:.6g}. {rescored(file.parents[1])}"
-            )
+            raise ResultsError(f"{file} gives {name}={value:.6g} where {METRICS} says {scores[name]:.6g}. {advice}")

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diablo_theory.errors import ResultsError, nearest
 from diablo_theory.files import read_json
-from diablo_theory.records import Count, Real, read_checked, read_predictions
+from diablo_theory.records import Count, Real, Score, read_checked
+from diablo_theory.reporting.ended_runs import read_outcomes
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, Estimate, score, time_ratio
-from diablo_theory.reporting.names import CHECKS, METHODS, PROFILES, one_of
+from diablo_theory.reporting.names import CHECKS, METHODS, PROFILES, TASKS, one_of
 from diablo_theory.reporting.saved_tables import Kind, read_table, require_kinds
 
 #: Of results folders. 2: a run may be scored on several tasks, each with predictions and metrics of its own.
@@ -50,9 +51,12 @@ _MAP: dict[str, Kind] = {
 }
 #: A training that diverged has an infinite loss.
 _RATES: dict[str, Kind] = {
-    **dict.fromkeys(("task", "method", "label"), "text"),
+    "task": TASKS,
+    "method": METHODS,
+    "label": "text",
     "learning_rate": "positive",
-    **dict.fromkeys(("seed", "n", "exact"), "number"),
+    "exact": "share",
+    **dict.fromkeys(("seed", "n"), "number"),
     **dict.fromkeys(("valid_loss", "loss_low", "loss_high"), "real"),
     "chosen": "flag",
 }
@@ -113,11 +117,6 @@ class _Manifest(_Part):
     stages: dict[str, _Amount] = {}
 
 
-class _Scores(_Part):
-    n: Count | None = None
-    means: dict[str, str] = {}
-
-
 class _Run(_Part):
     """What config.json and metrics.json say of a run, whichever of them does."""
 
@@ -134,7 +133,7 @@ class _Run(_Part):
     batch_size: Count | None = None
     train_seconds: _Amount | None = None
     final_train_loss: Real | None = None
-    scores: dict[str, _Scores] | None = None
+    scores: dict[str, Score] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def collect(results: Path) -> ResultsData:
     finished = [folder for folder in folders if (folder / "metrics.json").exists()]
     runs = _runs_table([row for folder in finished for row in _read_run(folder)])
     by_id = {folder.name: folder for folder in finished}
-    bench = results / "bench"
+    times, memory = _read_bench(results / "bench")
     return ResultsData(
         path=results,
         manifest=manifest,
@@ -195,8 +194,8 @@ def collect(results: Path) -> ResultsData:
         runs=runs,
         logs={r: _read_log(f) for r, f in by_id.items() if (f / "log.csv").exists()},
         items=_all_items(runs, by_id),
-        step_times=_optional(bench / "step_times.csv", _STEP_TIMES, ("round", "method")),
-        memory=_optional(bench / "memory.csv", _MEMORY, ("method",)),
+        step_times=times,
+        memory=memory,
         learning_rates=_optional(results / "learning_rates.csv", _RATES, ("task", "label", "learning_rate", "seed")),
         unfinished=tuple(folder.name for folder in folders if folder not in finished),
     )
@@ -246,7 +245,7 @@ def validate_rows(rows: pd.DataFrame) -> pd.DataFrame:
     refuse_cell(rows, "metric", rows["metric"].isna() | (rows["metric"] == ""), "the name of what was measured")
     for column in ("suite", "table"):
         refuse_cell(rows, column, rows[column].isna() | (rows[column] == ""), "a name")
-    nameless = rows["model"].isna() | (rows["model"] == "")  # as the theory is
+    nameless = rows["model"].isna() | (rows["model"] == "")  # theory rows are of none
     refuse_cell(rows, "model", (rows["source"] == "published") & nameless, "a name")
     for column in ("value", "trainable_params", "trainable_pct", "ci_low", "ci_high", "stderr", "n"):
         number = pd.to_numeric(rows[column], errors="coerce")
@@ -399,6 +398,21 @@ def _optional(path: Path, columns: dict[str, Kind], *keys: tuple[str, ...]) -> p
     return _read_csv(path, columns, *keys) if path.exists() else pd.DataFrame()
 
 
+def _read_bench(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Times of all methods in every round, and memory of the same methods."""
+    files = folder / "step_times.csv", folder / "memory.csv"
+    times = _optional(files[0], _STEP_TIMES, ("round", "method"))
+    memory = _optional(files[1], _MEMORY, ("method",))
+    methods = set(memory.get("method", times.get("method", ())))
+    for number, found in times.groupby("round")["method"] if len(times) else ():
+        if odd := sorted(methods ^ set(found)):
+            raise ResultsError(
+                f"{files[0]}, round {number}, is not of the methods of {files[1].name}, or of the other rounds: "
+                f"{odd[0]} is in one alone. {_again(folder)}"
+            )
+    return times, memory
+
+
 def _read_run(folder: Path) -> list[dict[str, Any]]:
     """A row for each task that a run was scored on."""
     metrics = folder / "metrics.json"
@@ -444,12 +458,8 @@ def _all_items(runs: pd.DataFrame, folders: dict[str, Path]) -> pd.DataFrame:
     frames = []
     for run in runs.itertuples(index=False):
         path = folders[str(run.run_id)] / "predictions" / f"{run.task}.csv"
-        frame = read_predictions(path, _again(path))
-        if len(frame) != run.n_test:
-            raise ResultsError(
-                f"{path} holds {len(frame)} test problems where metrics.json says {run.n_test}: it is truncated or "
-                f"damaged. {_again(path.parent)}"
-            )
+        scores = read_json(folders[str(run.run_id)] / "metrics.json")["scores"][run.task]
+        frame = read_outcomes(path, scores, _again(folders[str(run.run_id)]))
         if "lenient" not in frame:
             frame["lenient"] = float("nan")
         names = {name: getattr(run, name) for name in ("run_id", "task", "label", "method", "seed")}

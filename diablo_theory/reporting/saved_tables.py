@@ -13,7 +13,9 @@ import pandas as pd
 from diablo_theory.errors import ResultsError
 from diablo_theory.records import read_csv
 
-_Word = Literal["number", "positive", "count", "optional", "amount", "real", "flag", "maybe", "text", "blank", "any"]
+_Word = Literal[
+    "number", "positive", "count", "optional", "amount", "share", "real", "flag", "maybe", "text", "blank", "any"
+]
 #: What a column holds: what ``_WORDS`` says of a kind, or one of some words. Text or nothing is read as "".
 Kind: TypeAlias = "_Word | tuple[str, ...]"
 _WORDS: dict[_Word, str] = {
@@ -22,6 +24,7 @@ _WORDS: dict[_Word, str] = {
     "count": "a whole number above 0",
     "optional": "a number or nothing",
     "amount": "a number above 0, or nothing",
+    "share": "a number from 0 to 1",
     "real": "a number, or an infinite one",
     "flag": "True or False",
     "maybe": "True, False or nothing",
@@ -103,11 +106,12 @@ def _wrong(column: pd.Series, kind: Kind) -> npt.NDArray[np.bool_]:
     if isinstance(kind, tuple):
         return ~column.isin(kind).to_numpy(bool)
     wrong: npt.NDArray[np.bool_] = absent & (kind == "text")
-    if kind in ("number", "positive", "count", "optional", "amount", "real"):
+    if kind in ("number", "positive", "count", "optional", "amount", "share", "real"):
         numbers = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
         fits = ~np.isnan(numbers) if kind == "real" else np.isfinite(numbers)
         wrong = ~(fits | (absent & (kind in ("optional", "amount"))))
         wrong |= (numbers <= 0) & (kind in ("positive", "count", "amount"))
+        wrong |= ((numbers < 0) | (numbers > 1)) & (kind == "share")
         wrong |= (np.floor(numbers) != numbers) & (kind == "count")
     elif kind in ("flag", "maybe") and column.dtype != bool:  # with one cell that is neither, all are text
         wrong = ~column.isin([True, False, "True", "False"]).to_numpy(bool) & ~(absent & (kind == "maybe"))

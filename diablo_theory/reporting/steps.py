@@ -85,7 +85,8 @@ def _require_whole(folder: Path, times: pd.DataFrame, contenders: pd.DataFrame) 
     """Refuse what lacks the floor somewhere, or a time of a method in some round."""
     methods = (table[[*_PLACE, "method"]] for table in (times, contenders))
     timed, listed = (set(found.itertuples(index=False, name=None)) for found in methods)
-    for workload, count, method in sorted(timed ^ listed):
+    if odd := sorted(timed ^ listed):
+        workload, count, method = odd[0]
         raise ResultsError(
             f"{folder}: only one of times.csv and contenders.csv has {method!r} at N = {count} on {workload}; "
             f"`{_COMMAND}` writes both"

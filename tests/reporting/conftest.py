@@ -97,10 +97,13 @@ def write_run(
     config = {"train_on": task, "model": "SmolLM2-135M-Instruct", "method": method, "seed": seed, "scale": "small"}
     config |= {"num_blocks": 64 if method == "diablo" else None, "learning_rate": None if method == "none" else 4e-3}
     config |= {"steps": steps, "batch_size": 16, "target_modules": ["q_proj"], "profile": "quick"}
+    items = make_items(task, label, seed, n)
     metrics = {"run_id": run.name, "method": method, "label": label, "seed": seed}
+    scores = {name: float(items[name].mean()) for name in ("exact", "lenient") if name in items}
+    scores |= {"loss_per_token": float(items["loss_sum"].sum() / items["tokens"].sum())}
     metrics |= {
         "trainable_params": params,
-        "scores": {task: {"n": n, "means": {"exact": "the answer is right"}}},
+        "scores": {task: scores | {"n": n, "means": {"exact": "the answer is right"}}},
         "trainable_pct": 100 * params / 134_515_008,
         "steps": steps,
     }
@@ -109,7 +112,7 @@ def write_run(
     (run / "config.json").write_text(json.dumps(config))
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "predictions").mkdir(exist_ok=True)
-    make_items(task, label, seed, n).to_csv(run / "predictions" / f"{task}.csv", index=False)
+    items.to_csv(run / "predictions" / f"{task}.csv", index=False)
     if trained:
         make_log(label, seed, steps).to_csv(run / "log.csv", index=False)
     return run

@@ -59,17 +59,19 @@ def test_json_of_the_wrong_kind(one_run):
 
 def test_missing_keys_are_named(one_run):
     metrics = json.loads((one_run / "metrics.json").read_text())
-    del metrics["label"], metrics["scores"]["word_problems"]["n"]
+    del metrics["label"], metrics["seed"], metrics["trainable_pct"]
     (one_run / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ResultsError, match="lack label, n_test"):
+    with pytest.raises(ResultsError, match="lack label, trainable_pct"):
         collect(one_run.parents[1])
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: lines[:-5], "55 test problems where metrics.json says 60"),
+        (lambda lines: lines[:-5], "holds 55 problems where metrics.json says 60"),
         (lambda lines: [], "cannot be read"),
+        (lambda lines: [lines[0].replace("exact", "exakt"), *lines[1:]], r"lacks the column\(s\) exact"),
+        (lambda lines: [*lines[:-1], lines[-1].replace(",1,1,", ",0,0,")], "gives exact=.* where metrics.json says"),
         (lambda lines: [lines[0].replace("tokens", "tokenz"), *lines[1:]], r"lacks the column\(s\) tokens"),
     ],
 )
@@ -114,7 +116,16 @@ def test_a_cell_of_verdicts_that_no_check_gives_is_told(results, column, value, 
     [
         ("theory/map.csv", "in_theorem", "no", "line 4: in_theorem is 'no'; allowed: True or False"),
         ("bench/step_times.csv", "seconds", 0, "line 4: seconds is 0.*; allowed: a number above 0"),
+        ("bench/step_times.csv", "method", "LoRA r=6", "round 0, is not of the methods of memory.csv.*: LoRA r=5 is"),
+        (
+            "bench/step_times.csv",
+            "round",
+            99,
+            "round 0, is not of the methods of memory.csv.*: LoRA r=5 is in one alone",
+        ),
         ("bench/memory.csv", "method", "DiaBlo N=64", "lines 3 and 4, are both of method DiaBlo N=64"),
+        ("learning_rates.csv", "exact", 1.5, "line 4: exact is 1.5.*; allowed: a number from 0 to 1"),
+        ("learning_rates.csv", "method", "lorra", "line 4: method is 'lorra'; allowed: none, full, diablo"),
         ("learning_rates.csv", "chosen", "perhaps", "line 4: chosen is 'perhaps'; allowed: True or False"),
         ("learning_rates.csv", "n", "many", "line 4: n is 'many'; allowed: a number"),
         ("learning_rates.csv", "learning_rate", 1e-3, r"lines 2 and 4, are both of .* learning_rate 0\.001"),
@@ -153,8 +164,9 @@ def test_a_manifest_that_no_command_writes_is_told_by_its_key(make, tmp_path, ke
 
 RUN = [
     *(("scores", value) for value in ([], "x", {"word_problems": None}, {"word_problems": {"n": "many"}})),
-    ("scores", {"word_problems": {"n": 60, "means": None}}),
-    ("scores", {"word_problems": {"n": 60, "means": {"exact": 3}}}),
+    ("scores", {"word_problems": {"n": 60, "loss_per_token": 1.0, "means": None}}),
+    ("scores", {"word_problems": {"n": 60, "loss_per_token": 1.0, "means": {"exact": 3}}}),
+    ("scores", {"word_problems": {"n": 60, "loss_per_token": "low"}}),
     *(("label", value) for value in (3, ["LoRA"])),
     ("method", "lorra"),
     *(("seed", value) for value in ("0", 0.5, -1, [0])),

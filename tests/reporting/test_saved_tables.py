@@ -17,8 +17,8 @@ from diablo_theory.reporting.steps import read_steps, side_measures
 
 SAVED = Path(__file__).parents[2] / "paper_results"
 KINDS = {"n": "number", "m": "optional", "f": "flag", "t": "text", "b": "blank", "a": "any"}
-KINDS |= {"w": ("one", "two"), "c": "count", "r": "real", "e": "maybe", "p": "amount"}
-GOOD = "n,m,f,t,b,a,other,w,c,r,e,p\n1,,True,x,,,,one,1,inf,,\n2.5,3,False,y,,z,1,two,8,-1,True,7\n"
+KINDS |= {"s": "share", "w": ("one", "two"), "c": "count", "r": "real", "e": "maybe", "p": "amount"}
+GOOD = "n,m,f,t,b,a,other,w,c,r,e,p,s\n1,,True,x,,,,one,1,inf,,,0\n2.5,3,False,y,,z,1,two,8,-1,True,7,0.5\n"
 
 
 def read(tmp_path, text):
@@ -49,13 +49,14 @@ def test_columns_have_their_types(tmp_path):
         (",8,", ",8.5,", "line 3: c is .*8.5.*; allowed: a whole number above 0"),
         (",8,", ",0,", "line 3: c is 0; allowed: a whole number above 0"),
         (",-1,", ",,", "line 3: r is nan; allowed: a number, or an infinite one"),
+        (",0.5", ",1.5", "line 3: s is 1.5; allowed: a number from 0 to 1"),
         ("True,7", "yes,7", "line 3: e is 'yes'; allowed: True, False or nothing"),
         ("True,7", "True,0", "line 3: p is 0.*; allowed: a number above 0, or nothing"),
         ("2.5,3,False,y", "1,3,False,x", r"table.csv, lines 2 and 3, are both of n 1.*, t x\. `make it` writes it"),
         (
             "2.5,3,False,y",
             "2.5,3,False,y,1",
-            r"cannot be read \(Error tokenizing data.*saw 13\)\. `make it` writes it",
+            r"cannot be read \(Error tokenizing data.*saw 14\)\. `make it` writes it",
         ),
         ("n,m,f", "k,m,f", r"lacks the column\(s\) n; `make it` writes it"),
         (GOOD[GOOD.index("1") :], "", "has no rows"),
