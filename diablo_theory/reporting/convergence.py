@@ -23,7 +23,8 @@ _TITLES = {"holds": "Premise holds", "fails": "Premise fails"}
 COLUMNS: dict[str, Kind] = {
     "premise": tuple(_TITLES),
     "method": tuple(_NAMES),
-    **dict.fromkeys(("rank", "parameters", "iteration", "excess", "floor"), "number"),
+    **dict.fromkeys(("rank", "parameters"), "count"),
+    **dict.fromkeys(("iteration", "excess", "floor"), "number"),
     **dict.fromkeys(("step", "left", "factor"), "optional"),
 }
 _LEAST = 1e-13  # of the first excess: below it differences are rounding
@@ -38,9 +39,11 @@ def read_descent(folder: Path) -> pd.DataFrame:
     file, command = folder / "descent.csv", "diablo-theory descend"
     table = read_table(file, COLUMNS, command, [("premise", "method", "iteration")])
     for (premise, method), run in table.groupby(["premise", "method"]):
-        if not (run["iteration"] > 0).any():
+        begun = (run["left"] < _LEAST).cumsum() == 0
+        if not (begun & (run["iteration"] > 0)).any():
             raise ResultsError(
-                f"{file} is cut short: no step of {method} where the premise {premise}; `{command}` writes it"
+                f"{file} is cut short: no step of {method} where the premise {premise}, or nothing left to go before "
+                f"it; `{command}` writes it"
             )
     return table
 

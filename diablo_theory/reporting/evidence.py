@@ -16,7 +16,7 @@ from diablo_theory.reading import read_yaml
 from diablo_theory.reporting.certificates import read_layers
 from diablo_theory.reporting.comparisons import differences, experiments, scores
 from diablo_theory.reporting.joining import made_from
-from diablo_theory.reporting.parameters import read_counts
+from diablo_theory.reporting.parameters import KEY, read_counts
 from diablo_theory.reporting.published import conflicts, read_published
 from diablo_theory.reporting.results import read_verdicts
 from diablo_theory.reporting.saved_tables import Kind
@@ -84,8 +84,16 @@ class Evidence:
     @cached_property
     def counts(self) -> pd.DataFrame:
         """Quoted numbers of parameters beside true ones."""
-        _require(self.papers / "counts.csv", f"diablo-theory count --out {self.papers.name}")
-        return read_counts(self.papers / "counts.csv")
+        file, command = self.papers / "counts.csv", f"diablo-theory count --out {self.papers.name}"
+        _require(file, command)
+        found = read_counts(file)
+        published = set(self.published[list(KEY)].itertuples(index=False, name=None))
+        for line, key in enumerate(found[list(KEY)].itertuples(index=False, name=None), 2):
+            if key not in published:
+                raise ResultsError(
+                    f"{file}, line {line}: no published row is of {', '.join(map(str, key))}; `{command}` writes it"
+                )
+        return found
 
     @cached_property
     def suites(self) -> Suites:

@@ -148,3 +148,26 @@ def told(read, name):
     except ResultsError as error:
         return name in str(error)
     return False
+
+
+@pytest.mark.parametrize(("column", "value"), [("model", "LLaMA2-8B"), ("setting", "DiaBlo"), ("file", "elsewhere")])
+def test_counts_are_of_published_rows(saved, column, value):
+    shutil.copytree(SAVED / "published", saved / "published")
+    assert len(Evidence(saved, saved).counts) > 5
+    table = pd.read_csv(saved / "counts.csv")
+    table.loc[2, column] = value
+    table.to_csv(saved / "counts.csv", index=False)
+    with pytest.raises(
+        ResultsError, match=rf"counts.csv, line 4: no published row is of .*{value}.*; `diablo-theory c"
+    ):
+        _ = Evidence(saved, saved).counts
+
+
+@pytest.mark.parametrize(("column", "value"), [("parameters", 0), ("left", 0.0)])
+def test_a_descent_that_cannot_be_drawn_is_refused(saved, column, value):
+    file = saved / "descent" / "descent.csv"
+    table = pd.read_csv(file)
+    table.loc[0, column] = value
+    table.to_csv(file, index=False)
+    with pytest.raises(ResultsError, match=r"descent.csv.*`diablo-theory descend` writes it"):
+        READERS["descent/descent.csv"](saved)
