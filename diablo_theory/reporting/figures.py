@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from uuid import UUID, uuid4
 
 import joblib
 import pandas as pd
@@ -189,25 +188,21 @@ def draw_figures(root: Path, out: Path) -> tuple[list[Path], dict[str, str]]:
     Raises:
         ResultsError: If saved results are damaged; it names the file.
     """
-    stems, call = list(all_plans(root)), uuid4()
+    stems, cores = list(all_plans(root)), joblib.cpu_count()
     draw = joblib.delayed(_draw)
-    done = joblib.Parallel(n_jobs=joblib.cpu_count())(draw(root, call, stem, out) for stem in stems)
+    done = joblib.Parallel(n_jobs=cores)(draw(root, stems[first::cores], out) for first in range(cores))
     written, skipped = zip(*done, strict=True)
     return list(chain(*written)), dict(chain(*(why.items() for why in skipped)))
 
 
-def _draw(root: Path, call: UUID, stem: str, out: Path) -> tuple[list[Path], dict[str, str]]:
-    """One figure for both pages, in a process that keeps what it has read for other figures of the same call."""
-    plan = {stem: _plans_of(root, call)[stem]}
-    written, skipped = save_plans(plan, out)
+def _draw(root: Path, stems: Iterable[str], out: Path) -> tuple[list[Path], dict[str, str]]:
+    """Some of the figures for both pages."""
+    known = all_plans(root)
+    some = {stem: known[stem] for stem in stems}
+    written, skipped = save_plans(some, out)
     with drawn_for(COLUMN):
-        written += save_plans(plan, out / "column", (".pdf",))[0]
+        written += save_plans(some, out / "column", (".pdf",))[0]
     return written, skipped
-
-
-@lru_cache(maxsize=1)
-def _plans_of(root: Path, _: UUID) -> dict[str, Plan]:
-    return all_plans(root)
 
 
 def _some(saved: Evidence, names: Iterable[str]) -> dict[str, pd.DataFrame]:

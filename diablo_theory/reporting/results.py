@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
 
 from diablo_theory.errors import ResultsError, nearest
 from diablo_theory.files import read_json
-from diablo_theory.records import Count, Real, Score, read_checked
+from diablo_theory.records import read_checked
 from diablo_theory.reporting.ended_runs import read_outcomes
 from diablo_theory.reporting.intervals import METRICS, METRICS_OF_SOME, Estimate, score, time_ratio
-from diablo_theory.reporting.names import CHECKS, METHODS, PROFILES, TASKS, one_of
+from diablo_theory.reporting.names import CHECKS, METHODS, TASKS
+from diablo_theory.reporting.reproduced_files import Manifest, Run, Scale
 from diablo_theory.reporting.saved_tables import Kind, read_table, require_kinds
 
 #: Of results folders. 2: a run may be scored on several tasks, each with predictions and metrics of its own.
@@ -26,7 +26,6 @@ SOURCES = ("published", "reproduced")
 #: How a number came here: from this project's own runs; read where it was printed; from somebody's note or quotation;
 #: off a drawing, where the interval is the error of reading.
 CERTAINTIES = ("computed", "printed", "quoted", "measured")
-Scale = Literal["full", "small"]
 SCALES: tuple[str, ...] = get_args(Scale)
 PERCENT_METRICS = ("exact_match", "lenient_match", "passed", "trainable_pct", "memory_saved_pct", *METRICS_OF_SOME)
 KEY = ("source", "suite", "table", "model", "method", "setting", "metric", "seed", "run_id", "origin")
@@ -70,70 +69,6 @@ _RUN_EXTRAS = ["num_blocks", "learning_rate", "steps", "batch_size", "train_seco
 _ROUNDING = 1e-9
 FULL_LABEL = "Full fine-tuning"
 _METHOD_ORDER = ("none", "full", "diablo", "lora")
-
-_Amount = Annotated[Real, Field(ge=0)]
-
-
-class _Part(BaseModel):
-    """What is read of a JSON file, which may say more, and may leave out what has a default."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class _Model(_Part):
-    name: str = ""
-    source: str | None = None
-    sha256: str | None = None
-
-
-class _Settings(_Part):
-    overrides: dict[str, Any] = {}
-
-
-class _Manifest(_Part):
-    """What manifest.json says."""
-
-    scale: Scale
-    profile: Annotated[str, one_of("profile", PROFILES)] = "default"
-    settings: _Settings = _Settings()
-    model: _Model = _Model()
-    package_version: str | None = None
-    python: str | None = None
-    torch: str | None = None
-    transformers: str | None = None
-    peft: str | None = None
-    platform: str | None = None
-    cpu: str | None = None
-    threads: Count | None = None
-    device: str | None = None
-    commit: str | None = None
-    commits: list[str | None] = []
-    dirty: bool | None = None
-    started: str | None = None
-    finished: str | None = None
-    memory_gib: _Amount | None = None
-    peak_rss_gib: _Amount | None = None
-    seconds: _Amount | None = None
-    stages: dict[str, _Amount] = {}
-
-
-class _Run(_Part):
-    """What config.json and metrics.json say of a run, whichever of them does."""
-
-    model: str | None = None
-    method: Annotated[str, one_of("method", METHODS)] | None = None
-    label: str | None = None
-    seed: Count | None = None
-    scale: Scale | None = None
-    trainable_params: Count | None = None
-    trainable_pct: Annotated[Real, Field(ge=0, le=100)] | None = None
-    num_blocks: Count | None = None
-    learning_rate: Annotated[Real, Field(gt=0)] | None = None
-    steps: Count | None = None
-    batch_size: Count | None = None
-    train_seconds: _Amount | None = None
-    final_train_loss: Real | None = None
-    scores: dict[str, Score] | None = None
 
 
 @dataclass(frozen=True)
@@ -376,7 +311,7 @@ def _read_manifest(results: Path) -> dict[str, Any]:
             f"diablo-theory {manifest.get('package_version', '(unknown)')}, which wrote it, or run `diablo-theory "
             "reproduce` again into a new folder."
         )
-    return read_checked(path, _Manifest, _again(path))
+    return read_checked(path, Manifest, _again(path))
 
 
 def _again(path: Path) -> str:
@@ -387,7 +322,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ResultsError(f"{path} is missing. {_again(folder)}")
-    return read_checked(path, _Run, _again(path))
+    return read_checked(path, Run, _again(path))
 
 
 def _read_csv(path: Path, columns: dict[str, Kind], *keys: tuple[str, ...]) -> pd.DataFrame:
@@ -416,7 +351,7 @@ def _read_bench(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _read_run(folder: Path) -> list[dict[str, Any]]:
     """A row for each task that a run was scored on."""
     metrics = folder / "metrics.json"
-    merged = _read_config(folder) | read_checked(metrics, _Run, _again(metrics))
+    merged = _read_config(folder) | read_checked(metrics, Run, _again(metrics))
     rows = []
     for task, scores in (merged.get("scores") or {"": {}}).items():
         of_task = {"task": task, "n_test": scores.get("n"), "exact_means": scores.get("means", {}).get("exact")}

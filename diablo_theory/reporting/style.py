@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -127,16 +127,16 @@ def save(figure: Figure, folder: Path, stem: str, kinds: Sequence[str] = tuple(U
         for suffix in kinds:
             path = folder / f"{stem}{suffix}"
             drawn = io.BytesIO()  # matplotlib's own writing hides a full disk behind an error of its clean-up
-            _PRINTERS[suffix](figure, drawn, UNDATED[suffix])
+            figure.set_dpi(mpl.rcParams["savefig.dpi"])  # of PNG; the others set their own, and leave it
+            getattr(_CANVASES[suffix](figure), f"print_{suffix[1:]}")(drawn, metadata=UNDATED[suffix])
             content = drawn.getvalue() if suffix != ".svg" else _numbered_clips(drawn.getvalue())
             write_with(path, methodcaller("write_bytes", content))
             written.append(path)
     return written
 
 
-_PDF: Any = FigureCanvasPdf  # their printers have no types
-_SVG: Any = FigureCanvasSVG
-_PNG: Any = FigureCanvasAgg
+#: Asked directly: ``savefig`` would draw everything once more for each file, to solve the layout again.
+_CANVASES: dict[str, Any] = {".pdf": FigureCanvasPdf, ".svg": FigureCanvasSVG, ".png": FigureCanvasAgg}
 
 
 def solve(figure: Figure) -> None:
@@ -144,19 +144,6 @@ def solve(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
-
-
-def _print_png(figure: Figure, into: io.BytesIO, metadata: dict[str, Any]) -> None:
-    figure.set_dpi(mpl.rcParams["savefig.dpi"])
-    _PNG(figure).print_png(into, metadata=metadata)
-
-
-#: Canvases are asked directly: ``savefig`` would draw everything once more for each file, to solve the layout again.
-_PRINTERS: dict[str, Callable[[Any, io.BytesIO, dict[str, Any]], None]] = {
-    ".pdf": lambda figure, into, metadata: _PDF(figure).print_pdf(into, metadata=metadata),
-    ".svg": lambda figure, into, metadata: _SVG(figure).print_svg(into, metadata=metadata),
-    ".png": _print_png,
-}
 
 
 def _numbered_clips(svg: bytes) -> bytes:
